@@ -1,0 +1,1 @@
+"""Serve long-context language models with local attention on vLLM and Ray Serve."""

@@ -1,0 +1,158 @@
+"""The configuration of one application: frozen, validated once, refused with a full sentence.
+
+A file in ``configs/`` becomes an :class:`AppConfig`. What belongs to the cluster (addresses,
+ports, proxies) stays in ``deploy.yaml``; what belongs to the models and pools is here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from serve_app.errors import ConfigError
+from serve_app.pattern import LocalAttention
+
+# Set by the pool itself, so that one number has one home.
+_OWNED_BY_POOL = {
+    "model": "the file's model",
+    "served_model_name": "the file's served_model_name",
+    "max_model_len": "the pool's max_model_len",
+    "tensor_parallel_size": "the pool's tensor_parallel_size",
+    "pipeline_parallel_size": "the pool's pipeline_parallel_size",
+    "distributed_executor_backend": "the pool's placement",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GatewayConfig(_Strict):
+    """The HTTP front: how many gateways, and the caps they put on a request.
+
+    Sizes are bytes, times are seconds.
+    """
+
+    replicas: int = Field(default=1, ge=1, description="Fixed: shares are divided by it.")
+    num_cpus: float = Field(default=0.5, gt=0)
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    default_output_tokens: int = Field(
+        default=256, ge=1, description="The output budget of a request that names none."
+    )
+    first_token_timeout_s: float = Field(default=300, gt=0)
+    refresh_interval_s: float = Field(default=1.0, gt=0)
+
+
+class PoolConfig(_Strict):
+    """Engines of one kind. A request goes to the pool with the smallest fitting max_model_len."""
+
+    max_model_len: int = Field(ge=16, description="Prompt plus output budget, in tokens.")
+    replicas: int = Field(default=1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1, ge=0, description="CPUs reserved for each worker.")
+    drain_s: float = Field(default=60, ge=0, description="Grace for running requests at shutdown.")
+    local_attention: LocalAttention | None = None
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    env: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("engine_args")
+    @classmethod
+    def _leave_owned_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, home in _OWNED_BY_POOL.items():
+            if key in value:
+                raise ValueError(f"engine_args may not set {key}; set {home} instead.")
+        return value
+
+
+class AppConfig(_Strict):
+    """One model served by one or more pools, in the order of the file."""
+
+    model: str = Field(description="A directory, or a name that vLLM can load.")
+    served_model_name: str
+    device: str = Field(pattern="^(cpu|gpu)$")
+    gateway: GatewayConfig = GatewayConfig()
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments shared by every pool's engines."
+    )
+    pools: dict[str, PoolConfig] = Field(min_length=1)
+
+    @field_validator("engine_args")
+    @classmethod
+    def _leave_owned_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return PoolConfig._leave_owned_keys(value)
+
+    @model_validator(mode="after")
+    def _distinct_limits(self) -> Self:
+        limits: dict[int, str] = {}
+        for name, pool in self.pools.items():
+            if other := limits.get(pool.max_model_len):
+                raise ValueError(
+                    f"pools {other} and {name} have the same max_model_len "
+                    f"({pool.max_model_len}); merge them and raise replicas instead."
+                )
+            limits[pool.max_model_len] = name
+        return self
+
+    def engine_args_of(self, pool_name: str) -> dict[str, Any]:
+        """vLLM's engine arguments for one pool: the file's, then the pool's, then what it owns."""
+        pool = self.pools[pool_name]
+        args = {**self.engine_args, **pool.engine_args}
+        if pool.local_attention is not None:
+            extra = dict(args.get("additional_config") or {})
+            extra["local_attention"] = pool.local_attention.model_dump(
+                exclude_none=True, mode="json"
+            )
+            args["additional_config"] = extra
+        return {
+            **args,
+            "model": self.model,
+            "served_model_name": self.served_model_name,
+            "max_model_len": pool.max_model_len,
+            "tensor_parallel_size": pool.tensor_parallel_size,
+            "pipeline_parallel_size": pool.pipeline_parallel_size,
+        }
+
+
+def load_config(path: str | Path) -> AppConfig:
+    """Read and validate one configuration file.
+
+    A ``model`` that begins with ``.`` is a path relative to the file. Raises ``ConfigError``
+    with one line for each thing that is wrong.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"The configuration file {path} does not exist.") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error}.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"The configuration file {path} must be a mapping of keys to values.")
+    model = raw.get("model")
+    if isinstance(model, str) and model.startswith("."):
+        raw = {**raw, "model": str((path.parent / model).resolve())}
+    try:
+        return AppConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as full sentences, each naming key, value and limit."""
+    sentences = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "the file"
+        if item["type"] == "extra_forbidden":
+            sentences.append(f"The key {key} is not known.")
+        elif item["type"] == "missing":
+            sentences.append(f"The key {key} is required.")
+        elif item["type"] == "value_error":
+            sentences.append(f"{key}: {item['ctx']['error']}")
+        else:
+            reason = item["msg"][0].lower() + item["msg"][1:]
+            sentences.append(f"The key {key} is {item['input']!r}, but {reason}.")
+    return " ".join(sentences)
