@@ -99,12 +99,11 @@ class LocalAttention(BaseModel):
         ):
             if kind in (self.layer_types or ()) and getattr(self, key) is None:
                 raise ValueError(f"layer_types names {kind}, but {key} is not given.")
-        if self.layer_types is not None and window and chunk and self.attention_sinks:
-            if "chunked_attention" in self.layer_types:
-                raise ValueError(
-                    f"attention_sinks ({self.attention_sinks}) do not go with chunked layers; "
-                    "remove the sinks or the chunked layers."
-                )
+        if self.attention_sinks and "chunked_attention" in (self.layer_types or ()):
+            raise ValueError(
+                f"attention_sinks ({self.attention_sinks}) do not go with chunked layers; "
+                "remove the sinks or the chunked layers."
+            )
         return self
 
     def rules(self, layers: int) -> tuple[LayerRule, ...]:
