@@ -7,7 +7,7 @@ ports, proxies) stays in ``deploy.yaml``; what belongs to the models and pools i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -73,7 +73,11 @@ class AppConfig(_Strict):
 
     model: str = Field(description="A directory, or a name that vLLM can load.")
     served_model_name: str
-    device: str = Field(pattern="^(cpu|gpu)$")
+    device: Literal["cpu", "gpu"]
+    engine_bind: Literal["loopback", "node"] = Field(
+        default="loopback",
+        description="Where engines listen for gateways: this machine, or the node's own address.",
+    )
     gateway: GatewayConfig = GatewayConfig()
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Arguments shared by every pool's engines."
@@ -110,7 +114,7 @@ class AppConfig(_Strict):
         return {
             **args,
             "model": self.model,
-            "served_model_name": self.served_model_name,
+            "served_model_name": [self.served_model_name],
             "max_model_len": pool.max_model_len,
             "tensor_parallel_size": pool.tensor_parallel_size,
             "pipeline_parallel_size": pool.pipeline_parallel_size,

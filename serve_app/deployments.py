@@ -1,0 +1,155 @@
+"""The Ray Serve application: one gateway deployment in front of one deployment for each pool.
+
+``serve run deploy.yaml`` calls :func:`build` with the arguments that the file names.
+"""
+
+# No "from __future__ import annotations" here: Ray reads the builder's annotation at run time to
+# validate its arguments, and a string would make it pass a plain dict.
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
+
+from serve_app.api import create_app
+from serve_app.config import AppConfig, PoolConfig, load_config
+from serve_app.metrics import GatewayMetrics
+from serve_app.request import EngineInfo
+from serve_app.router import Discover, Pool, Router, keep_fresh
+from serve_app.upstream import Upstream
+
+log = logging.getLogger(__name__)
+
+_DISCOVER_TIMEOUT_S = 5.0
+
+
+class EngineDeployment:
+    """A Serve replica that owns one vLLM engine."""
+
+    async def __init__(self, config: AppConfig, pool: str) -> None:  # type: ignore[misc]
+        # vLLM is imported in the replica alone: the gateway and the builder never need it.
+        from serve_app.engine import Engine
+
+        self._drain_s = config.pools[pool].drain_s
+        loopback = config.engine_bind == "loopback"
+        self._engine = await Engine.start(
+            config.engine_args_of(pool),
+            pool=pool,
+            replica=serve.get_replica_context().replica_id.unique_id,
+            host="127.0.0.1" if loopback else get_node_ip_address(),
+            default_output=config.gateway.default_output_tokens,
+        )
+
+    async def describe(self) -> EngineInfo:
+        """How gateways reach this engine, and its load."""
+        return self._engine.describe()
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        # Serve awaits this at scale-down and update, after it stopped listing the replica. A
+        # constructor that failed leaves nothing to stop.
+        if hasattr(self, "_engine"):
+            await self._engine.stop(self._drain_s)
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """A Serve replica that answers HTTP and routes to engines."""
+
+    async def __init__(  # type: ignore[misc]
+        self, config: AppConfig, **engines: DeploymentHandle
+    ) -> None:
+        self._config = config
+        self._upstream = Upstream(config.gateway.first_token_timeout_s)
+        pools = [Pool(name, pool.max_model_len) for name, pool in config.pools.items()]
+        self._router = Router(pools, self._upstream.open)
+        self._tasks = [
+            asyncio.create_task(
+                keep_fresh(pool, _discovery(engines[pool.name]), config.gateway.refresh_interval_s)
+            )
+            for pool in pools
+        ]
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._config, self._router, GatewayMetrics())
+
+    async def check_health(self) -> None:
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def __del__(self) -> None:
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if hasattr(self, "_upstream"):
+            await self._upstream.close()
+
+
+def _discovery(handle: DeploymentHandle) -> Discover:
+    """Asks every live replica of a deployment to describe itself."""
+
+    async def discover() -> list[EngineInfo]:
+        try:
+            answers = await handle.broadcast("describe").results_async(
+                timeout_s=_DISCOVER_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, TimeoutError) as error:
+            log.info("no engine of %s answers: %s", handle.deployment_name, error)
+            return []
+        return [answer for answer in answers if isinstance(answer, EngineInfo)]
+
+    return discover
+
+
+class BuildArgs(BaseModel):
+    """What ``deploy.yaml`` passes: the path of a file in ``configs/``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str
+
+
+def build(args: BuildArgs) -> serve.Application:
+    """The application described by the configuration file that ``args`` names."""
+    return application(load_config(args.config))
+
+
+def application(config: AppConfig) -> serve.Application:
+    """One engine deployment for each pool, bound to a gateway."""
+    engines = {
+        name: serve.deployment(EngineDeployment)
+        .options(name=f"engine-{name}", **_engine_options(config, pool))
+        .bind(config, name)
+        for name, pool in config.pools.items()
+    }
+    gateway = serve.deployment(GatewayDeployment).options(
+        name="gateway",
+        num_replicas=config.gateway.replicas,
+        max_ongoing_requests=100_000,  # the gateway sheds by tokens, not by Serve's count
+        ray_actor_options={"num_cpus": config.gateway.num_cpus},
+    )
+    return gateway.bind(config, **engines)
+
+
+def _engine_options(config: AppConfig, pool: PoolConfig) -> dict[str, Any]:
+    workers = pool.tensor_parallel_size * pool.pipeline_parallel_size
+    actor = {"num_cpus": pool.num_cpus * workers, "runtime_env": {"env_vars": dict(pool.env)}}
+    if config.device == "gpu":
+        actor["num_gpus"] = workers
+    return {
+        "num_replicas": pool.replicas,
+        "ray_actor_options": actor,
+        "graceful_shutdown_timeout_s": pool.drain_s + 15,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+    }

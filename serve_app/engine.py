@@ -1,0 +1,282 @@
+"""One vLLM engine and its HTTP port: vLLM's own OpenAI application behind a small door.
+
+Chat templates, tool calls, structured output, logprobs and error texts are vLLM's, because its
+application answers the requests. This module adds what a replica needs around it: arguments
+checked by name, a port that only gateways can use, a description of itself, and a drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import difflib
+import hmac
+import secrets
+import socket
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+import uvicorn
+from vllm import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
+from vllm.exceptions import VLLMValidationError
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from serve_app import request as wire
+from serve_app.errors import ConfigError
+from serve_app.request import EngineInfo, EngineLoad
+
+ROUTES = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"}
+)
+TOKEN_HEADER = wire.TOKEN_HEADER.encode()
+BUDGET_HEADER = wire.BUDGET_HEADER.encode()
+PROMPT_TOKENS_HEADER = wire.PROMPT_TOKENS_HEADER.encode()
+REFUSED_HEADER = wire.REFUSED_HEADER.encode()
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def check_engine_args(args: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for an argument that vLLM does not have, naming the nearest one."""
+    fields = {
+        field.name for kind in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(kind)
+    }
+    for name in args:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"vLLM has no engine argument {name}.{hint}")
+
+
+class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM ships no types
+    """Keeps the newest scheduler figures, so that describing an engine costs no round trip."""
+
+    def __init__(self) -> None:
+        self.load = EngineLoad()
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        preempted = self.load.preemptions
+        if iteration_stats is not None:
+            preempted += iteration_stats.num_preempted_reqs
+        if scheduler_stats is not None:
+            self.load = EngineLoad(
+                running=scheduler_stats.num_running_reqs,
+                waiting=scheduler_stats.num_waiting_reqs,
+                kv_usage=scheduler_stats.kv_cache_usage,
+                preemptions=preempted,
+            )
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to announce: vLLM's own loggers do."""
+
+
+@dataclasses.dataclass(slots=True)
+class Visit:
+    """What one HTTP request asked of the engine, shared between the door and the engine."""
+
+    output_budget: int
+    prompt_tokens: int = 0  # exact, once the prompt has been tokenized
+
+
+_visit: ContextVar[Visit] = ContextVar("visit")
+
+
+class CountingLLM(AsyncLLM):  # type: ignore[misc]
+    """``AsyncLLM`` that refuses a prompt whose output budget would not fit behind it.
+
+    vLLM itself shortens the answer without a word, which is wrong for a request that another
+    pool could answer in full.
+    """
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        if visit := _visit.get(None):
+            count = len(prompt.get("prompt_token_ids") or prompt.get("prompt_embeds") or ())
+            visit.prompt_tokens += count
+            limit = self.model_config.max_model_len
+            if count + visit.output_budget > limit:
+                raise VLLMValidationError(
+                    f"This model's maximum context length is {limit} tokens. However, the request "
+                    f"needs {count + visit.output_budget}: {count} for the prompt and "
+                    f"{visit.output_budget} for the answer.",
+                    parameter="input_tokens",
+                    value=count,
+                )
+        stream: AsyncGenerator[Any, None] = super().generate(
+            prompt, sampling_params, request_id, **options
+        )
+        return stream
+
+
+class Door:
+    """ASGI wrapper around vLLM's application.
+
+    Only holders of the token enter, only allow-listed routes exist, and requests under way are
+    counted, so that ``drained`` can be awaited. The status line is held back until the first
+    byte of the answer, so that an error before the first token keeps a status of its own.
+    """
+
+    def __init__(self, app: AsgiApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+        self._under_way = 0
+        self._closed = False
+        self.drained = asyncio.Event()
+        self.drained.set()
+
+    def close(self) -> None:
+        """Refuse new requests; those under way go on."""
+        self._closed = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if refusal := self._refusal(scope["path"], headers):
+            await _refuse(send, *refusal)
+            return
+        budget = headers.get(BUDGET_HEADER, b"0")
+        visit = Visit(int(budget) if budget.isdigit() else 0)
+        _visit.set(visit)
+        self._under_way += 1
+        self.drained.clear()
+        try:
+            await self._app(scope, receive, _holding_start(send, visit))
+        finally:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self.drained.set()
+
+    def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> tuple[int, bytes] | None:
+        if not hmac.compare_digest(headers.get(TOKEN_HEADER, b""), self._token):
+            return 401, b"engines are reached through the gateway"
+        if path not in ROUTES:
+            return 404, b"no such route"
+        if self._closed:
+            return 503, b"draining"
+        return None
+
+
+def _holding_start(send: Send, visit: Visit) -> Send:
+    """``send`` that keeps the status line until the first body part, and then adds the count."""
+    held: MutableMapping[str, Any] | None = None
+
+    async def holding(message: MutableMapping[str, Any]) -> None:
+        nonlocal held
+        if message["type"] == "http.response.start":
+            held = message
+            return
+        if held is not None:
+            count = str(visit.prompt_tokens).encode()
+            held["headers"] = [*held["headers"], (PROMPT_TOKENS_HEADER, count)]
+            await send(held)
+            held = None
+        await send(message)
+
+    return holding
+
+
+async def _refuse(send: Send, status: int, text: bytes) -> None:
+    headers = [(b"content-type", b"text/plain"), (REFUSED_HEADER, b"1")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text})
+
+
+class Port:
+    """A listening HTTP port, served by uvicorn on the running event loop."""
+
+    def __init__(self, app: AsgiApp, host: str) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, 0), family=family)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        name = f"[{host}]" if ":" in host else host
+        self.url = f"http://{name}:{self._socket.getsockname()[1]}"
+
+    @property
+    def closed(self) -> bool:
+        return self._serving.done()
+
+    async def close(self) -> None:
+        """Close at once; connections still open are cut."""
+        self._server.should_exit = True
+        self._server.force_exit = True
+        await self._serving
+
+
+class Engine:
+    """A vLLM engine behind its own HTTP port. Made by :meth:`start`."""
+
+    def __init__(
+        self, llm: AsyncLLM, load: LoadLogger, door: Door, port: Port, info: EngineInfo
+    ) -> None:
+        self._llm = llm
+        self._load = load
+        self._door = door
+        self._port = port
+        self._info = info
+
+    @classmethod
+    async def start(
+        cls, args: Mapping[str, Any], *, pool: str, replica: str, host: str, default_output: int
+    ) -> Engine:
+        """Load the model and open a free port of ``host``.
+
+        ``args`` are vLLM's engine arguments by name. ``default_output`` is the output budget, in
+        tokens, of a request that names none. Raises ``ConfigError`` for an unknown argument.
+        """
+        check_engine_args(args)
+        namespace = _namespace(args, default_output)
+        config = AsyncEngineArgs.from_cli_args(namespace).create_engine_config()
+        load = LoadLogger()
+        # vLLM wants a factory for each engine; there is one engine here.
+        llm = CountingLLM.from_vllm_config(config, stat_loggers=[lambda *_: load])
+        tasks = await llm.get_supported_tasks()
+        app = build_app(namespace, tasks, llm.model_config)
+        await init_app_state(llm, app.state, namespace, tasks)
+        token = secrets.token_urlsafe(24)
+        door = Door(app, token)
+        port = Port(door, host)
+        info = EngineInfo(replica=replica, pool=pool, url=port.url, token=token)
+        return cls(llm, load, door, port, info)
+
+    def describe(self) -> EngineInfo:
+        return dataclasses.replace(self._info, load=self._load.load)
+
+    async def check_health(self) -> None:
+        """Raise when the engine or its port is dead."""
+        await self._llm.check_health()
+        if self._port.closed:
+            raise RuntimeError("the engine's HTTP port has closed")
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new requests, let those under way finish within ``grace_s``, then end."""
+        self._door.close()
+        with contextlib.suppress(TimeoutError):  # past the grace, what still runs is cut
+            await asyncio.wait_for(self._door.drained.wait(), grace_s)
+        await self._port.close()
+        self._llm.shutdown()
+
+
+def _namespace(args: Mapping[str, Any], default_output: int) -> Namespace:
+    """vLLM's own defaults for its server, with ``args`` over them."""
+    namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    # vLLM's default budget is "up to max_model_len", which would differ from pool to pool.
+    generation = {"max_new_tokens": default_output, **args.get("override_generation_config", {})}
+    for name, value in {**args, "override_generation_config": generation}.items():
+        setattr(namespace, name, value)
+    return namespace

@@ -1,0 +1,50 @@
+"""The frozen types that cross a process boundary or travel through the router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Headers between a gateway and an engine's port; none of them reaches a client.
+TOKEN_HEADER = "x-engine-token"  # proves that the caller is a gateway
+BUDGET_HEADER = "x-output-budget"  # tokens that the answer may take
+PROMPT_TOKENS_HEADER = "x-prompt-tokens"  # the engine's exact count
+REFUSED_HEADER = "x-engine-refused"  # the door answered, not vLLM: try another engine
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine last reported of itself."""
+
+    running: int = 0  # requests in the current batch
+    waiting: int = 0  # requests that vLLM holds back
+    kv_usage: float = 0.0  # share of KV blocks in use, 0 to 1
+    preemptions: int = 0  # since start
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """One live engine replica, as it describes itself to the gateways."""
+
+    replica: str
+    pool: str
+    url: str  # scheme, host and port, without a path
+    token: str  # what the replica's port asks for; made by the replica, never stored
+    load: EngineLoad = EngineLoad()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One validated client request, as the router sees it. All lengths are tokens.
+
+    ``fit_tokens`` is what the request is expected to need of an engine's context, padded for the
+    uncertainty of the estimate; ``total_tokens`` is the unpadded load that it puts on an engine.
+    ``output_tokens`` is the budget that the engine adds to its exact count. ``body`` goes to the
+    engine unchanged.
+    """
+
+    id: str
+    path: str
+    body: bytes
+    fit_tokens: int
+    total_tokens: int
+    output_tokens: int

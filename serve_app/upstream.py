@@ -1,0 +1,133 @@
+"""Plain HTTP from a gateway to an engine's own port.
+
+Raw HTTP rather than a call through Ray: bytes pass through unparsed, a client that leaves closes
+the connection, and vLLM frees the KV cache when it sees that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+import aiohttp
+
+from serve_app.errors import EngineError
+from serve_app.request import (
+    BUDGET_HEADER,
+    PROMPT_TOKENS_HEADER,
+    REFUSED_HEADER,
+    TOKEN_HEADER,
+    Call,
+    EngineInfo,
+)
+
+_TOO_LONG = frozenset({"input_tokens", "input_text"})  # vLLM's names for "exceeds the context"
+
+
+class Reply:
+    """An engine's answer whose first bytes have arrived.
+
+    ``prompt_tokens`` is the engine's exact count, 0 where it never tokenized. ``refused`` means
+    that the engine is draining and another one must be asked. ``too_long`` is vLLM's sentence
+    when the request does not fit the engine's context.
+
+    vLLM sends its status before its first token, so an error that comes between the two is an
+    event in a stream that began with 200. It is turned back into an answer with its own status.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse, first: bytes) -> None:
+        self._response = response
+        self.status = response.status
+        self.content_type = response.headers.get("content-type", "application/json")
+        self.prompt_tokens = int(response.headers.get(PROMPT_TOKENS_HEADER, 0))
+        self.refused = REFUSED_HEADER in response.headers
+        if (error := _error_event(first)) and self.status == 200:
+            response.close()
+            self.status, first = error
+            self.content_type = "application/json"
+        self.first = first
+        self.too_long = _too_long(self.status, first)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The bytes of the answer in order, the first ones included.
+
+        Raises ``EngineError`` when the engine dies half way.
+        """
+        yield self.first
+        if self._response.closed:
+            return
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError("The engine died while it was answering.") from error
+
+    def close(self) -> None:
+        """Drop the connection; an engine that is still answering stops."""
+        self._response.close()
+
+
+def _error_event(first: bytes) -> tuple[int, bytes] | None:
+    """The status and body of an error event at the start of a stream."""
+    if not first.startswith(b'data: {"error"'):
+        return None
+    body = first.split(b"\n", 1)[0].removeprefix(b"data: ")
+    code = json.loads(body)["error"].get("code")
+    return (code if isinstance(code, int) and 400 <= code < 600 else 500), body
+
+
+def _too_long(status: int, body: bytes) -> str | None:
+    if status != 400:
+        return None
+    try:
+        error = json.loads(body)["error"]
+        return str(error["message"]) if error["param"] in _TOO_LONG else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+class Upstream:
+    """The connections of one gateway to every engine."""
+
+    def __init__(self, first_token_timeout_s: float) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            auto_decompress=False,
+        )
+        self._first_token_timeout_s = first_token_timeout_s
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def open(self, engine: EngineInfo, call: Call) -> Reply:
+        """Send ``call`` to ``engine`` and wait for the first bytes of its answer.
+
+        A streamed answer returns at its first token, any other when it is whole. Raises
+        ``EngineError`` when the engine cannot be reached, dies or stays silent.
+        """
+        headers = {
+            "content-type": "application/json",
+            "x-request-id": call.id,
+            TOKEN_HEADER: engine.token,
+            BUDGET_HEADER: str(call.output_tokens),
+        }
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=5, sock_read=self._first_token_timeout_s
+        )
+        response = None
+        try:
+            response = await self._session.post(
+                engine.url + call.path, data=call.body, headers=headers, timeout=timeout
+            )
+            streamed = response.content_type == "text/event-stream"
+            first = await (response.content.readany() if streamed else response.read())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if response is not None:
+                response.close()
+            raise EngineError(f"The engine {engine.replica} did not answer: {error}.") from error
+        except BaseException:
+            if response is not None:
+                response.close()
+            raise
+        return Reply(response, first)
