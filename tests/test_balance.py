@@ -287,6 +287,7 @@ class Accounting(RuleBasedStateMachine):
     def outstanding_is_the_sum_of_what_is_held(self) -> None:
         loads = self.pool.loads()
         assert self.listed <= set(loads)
+        assert all(loads[name].requests for name in loads.keys() - self.listed)
         for name, load in loads.items():
             there = [lease for lease in self.held if lease.replica == name]
             assert load.requests == len(there)

@@ -1,0 +1,381 @@
+"""The scheduler: what it releases, in which order, and how long anything can wait."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import time
+from collections import defaultdict
+from copy import deepcopy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from serve_app.balance import Balancer, Budget, Cost, Lease, State
+from serve_app.batching import Batcher, BatchingLimits, Priority, Waiting
+from serve_app.errors import Overloaded
+
+LIMITS = BatchingLimits(edges=(1024, 4096, 65536), max_queued=100, max_wait_s=2, batch_max_wait_s=8)
+BUDGET = Budget(prefill=8_000, kv=100_000)
+
+
+def pool(
+    replicas: int = 1, budget: Budget = BUDGET, limits: BatchingLimits = LIMITS
+) -> tuple[Batcher, Balancer]:
+    balancer = Balancer()
+    balancer.update({f"r{number}": budget for number in range(replicas)})
+    return Batcher(balancer, limits), balancer
+
+
+def waiting(
+    name: str,
+    tokens: int,
+    arrived: float = 0.0,
+    priority: Priority = "interactive",
+    deadline: float | None = None,
+) -> Waiting:
+    return Waiting(name, tokens, Cost(tokens, tokens), arrived, priority, deadline)
+
+
+def released(batcher: Batcher, now: float) -> list[str]:
+    return [request.id for request, _ in batcher.step(now).released]
+
+
+def fill(batcher: Batcher, tokens: int = 60_000) -> Lease:
+    """Occupy the one replica, so that what comes next waits."""
+    batcher.add(waiting("running", tokens))
+    ((_, lease),) = batcher.step(0.0).released
+    return lease
+
+
+def test_a_request_that_finds_room_is_released_at_once() -> None:
+    batcher, _ = pool()
+    batcher.add(waiting("a", 100))
+    assert released(batcher, 0.0) == ["a"]
+    assert len(batcher) == 0
+    assert batcher.next_deadline(0.0) is None
+
+
+def test_short_before_long_interactive_before_batch_and_first_in_first_out() -> None:
+    batcher, balancer = pool()
+    lease = fill(batcher)
+    balancer.eject("r0", State.SILENT, 0.0)
+    batcher.add(waiting("batch", 100, 0.1, "batch"))
+    batcher.add(waiting("long", 3000, 0.2))
+    batcher.add(waiting("first", 900, 0.3))
+    batcher.add(waiting("second", 100, 0.4))
+    balancer.readmit("r0")
+    batcher.finish(lease, 0.5)
+    assert released(batcher, 0.5) == ["first", "second", "long", "batch"]
+
+
+def test_runs_of_one_class_take_turns_under_the_token_budget() -> None:
+    limits = BatchingLimits(edges=(1024, 4096), run_tokens=4000)
+    batcher, _ = pool(1, Budget(10**6, 10**6), limits)
+    for number in range(4):
+        batcher.add(waiting(f"s{number}", 1000))
+        batcher.add(waiting(f"l{number}", 2000))
+    assert released(batcher, 0.0) == ["s0", "s1", "l0", "s2", "s3", "l1", "l2", "l3"]
+
+
+def test_short_requests_pass_a_flood_of_long_ones() -> None:
+    batcher, _ = pool(2)
+    for number in range(40):
+        batcher.add(waiting(f"long{number}", 60_000))
+    assert len(released(batcher, 0.0)) == 2  # one for each replica; the others would queue there
+    for number in range(5):
+        batcher.add(waiting(f"short{number}", 500, 0.1))
+        assert released(batcher, 0.1) == [f"short{number}"]
+
+
+def test_a_starved_class_gets_a_replica_though_short_ones_keep_coming() -> None:
+    """60 short ones are always in flight: they leave 40,000 tokens, and the long one needs more."""
+    batcher, balancer = pool()
+    running: list[tuple[float, Lease]] = []
+    now, number, served_at = 0.0, 0, None
+    while served_at is None:
+        assert now < 10
+        number += 1
+        batcher.add(waiting(f"short{number}", 1000, now))
+        if number == 60:
+            batcher.add(waiting("long", 65_000, now))
+        for request, lease in batcher.step(now).released:
+            balancer.prefilled(lease)
+            running.append((now + 1, lease))  # each runs for one second
+            if request.id == "long":
+                served_at = now
+        now = number / 60
+        while running and running[0][0] <= now:
+            batcher.finish(running.pop(0)[1], now)
+    assert 1 + LIMITS.max_wait_s <= served_at <= 1 + LIMITS.max_wait_s + 1
+
+
+def test_a_full_lane_is_refused_with_the_time_that_the_queue_needs() -> None:
+    limits = BatchingLimits(edges=(1024,), max_queued=10, run_tokens=10**9)
+    batcher, _ = pool(1, Budget(10_000, 10_000), limits)
+    running: list[Lease] = []
+    number = 0
+    for tick in range(100):  # 10 requests of 2,000 tokens in each second
+        now = tick * 0.1
+        while len(batcher) < 10:
+            number += 1
+            batcher.add(waiting(f"{number}", 1000, now))
+        running += [lease for _, lease in batcher.step(now).released]
+        batcher.finish(running.pop(0), now)
+    while len(batcher) < 10:
+        number += 1
+        batcher.add(waiting(f"{number}", 1000, now))
+    with pytest.raises(Overloaded, match="10 interactive requests of up to 1024") as caught:
+        batcher.add(waiting("more", 1000, now))
+    assert caught.value.retry_after == pytest.approx(1, abs=1)
+    assert batcher.queued_tokens == 20_000
+    for _ in range(40):  # the engine slows down to a tenth; the answer follows
+        now += 1.0
+        running += [lease for _, lease in batcher.step(now).released]
+        batcher.finish(running.pop(0), now)
+        while len(batcher) < 10:
+            number += 1
+            batcher.add(waiting(f"{number}", 1000, now))
+    assert batcher.retry_after() == pytest.approx(10, abs=2)
+    batcher.add(waiting("batch", 1000, now, "batch"))  # a full lane refuses no other
+
+
+def test_one_past_its_deadline_is_dropped_before_it_costs_anything() -> None:
+    batcher, balancer = pool()
+    lease = fill(batcher)
+    batcher.add(waiting("late", 3000, 0.0, deadline=1.0))
+    batcher.add(waiting("later", 60_000, 0.0, deadline=1.5))
+    batcher.step(0.5)
+    assert batcher.next_deadline(0.5) == 1.5
+    assert batcher.step(1.49).expired == ()
+    step = batcher.step(1.5)
+    assert [request.id for request in step.expired] == ["later"]
+    assert step.released == ()
+    batcher.finish(lease, 2.0)
+    assert balancer.loads()["r0"].requests == 1  # "late" went at 0.5: short passes long
+    assert len(batcher) == batcher.queued_tokens == 0
+
+
+def test_a_client_that_left_is_skipped_and_its_reservation_ends() -> None:
+    batcher, _ = pool()
+    lease = fill(batcher)
+    batcher.add(waiting("leaving", 60_000))
+    batcher.add(waiting("staying", 60_000))
+    assert released(batcher, 5.0) == []  # starved: the replica is now kept for it
+    batcher.add(waiting("short", 10, 5.0))
+    assert released(batcher, 5.0) == []
+    assert batcher.cancel("leaving")
+    assert not batcher.cancel("leaving")
+    batcher.finish(lease, 5.1)
+    assert released(batcher, 5.1) == ["staying", "short"]
+
+
+def test_a_request_released_in_vain_returns_to_the_head() -> None:
+    limits = BatchingLimits(edges=(65536,), max_queued=1)
+    batcher, balancer = pool(1, limits=limits)
+    request = waiting("first", 60_000)
+    batcher.add(request)
+    batcher.step(0.0)
+    batcher.add(waiting("second", 60_000, 0.1))
+    assert balancer.eject("r0", State.DEAD, 0.2)
+    batcher.requeue(request)
+    balancer.readmit("r0")
+    assert released(batcher, 0.3) == ["first"]
+
+
+def test_the_next_step_is_due_when_a_class_starves() -> None:
+    batcher, _ = pool()
+    fill(batcher)
+    batcher.add(waiting("long", 60_000, 0.5))
+    assert released(batcher, 0.5) == []
+    assert batcher.next_deadline(0.5) == 2.5  # the bound, counted from its arrival
+    batcher.step(2.5)
+    assert batcher.next_deadline(2.5) is None  # its replica is kept; only events help now
+
+
+ARRIVALS = st.lists(
+    st.tuples(
+        st.floats(0, 1.5),  # after the one before
+        st.sampled_from([50, 1000, 4000, 30_000, 90_000, 200_000]),
+        st.sampled_from(["interactive", "interactive", "batch"]),
+        st.floats(0.05, 3.0),  # runs for
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(arrivals=ARRIVALS, replicas=st.integers(1, 3), flood=st.integers(1, 8))
+def test_no_head_waits_longer_than_the_bound_whatever_arrives(
+    arrivals: list[tuple[float, int, Priority, float]], replicas: int, flood: int
+) -> None:
+    """A head is released within its bound and one drain for each lane, under any arrivals."""
+    batcher, _ = pool(replicas)
+    ends: list[tuple[float, int, Lease]] = []
+    events: list[tuple[float, int, Waiting, float]] = []
+    clock = 0.0
+    for number, (gap, tokens, priority, runs) in enumerate(arrivals):
+        clock += gap / flood
+        heapq.heappush(events, (clock, number, waiting(f"{number}", tokens, clock, priority), runs))
+    durations = {f"{number}": runs for number, (_, _, _, runs) in enumerate(arrivals)}
+    longest = max(durations.values())
+    last_served: dict[tuple[int, Priority], float] = defaultdict(lambda: -math.inf)
+    lanes = len({(LIMITS.length_class(tokens), priority) for _, tokens, priority, _ in arrivals})
+    waits: list[tuple[float, float]] = []
+    now, count = 0.0, 0
+    while events or ends or len(batcher):
+        times = [queue[0][0] for queue in (events, ends) if queue]
+        if (due := batcher.next_deadline(now)) is not None:
+            times.append(due)
+        assert times, "requests wait, but nothing will ever happen"
+        now = max(now, min(times))
+        while ends and ends[0][0] <= now:
+            assert batcher.finish(heapq.heappop(ends)[2], now)
+        while events and events[0][0] <= now:
+            batcher.add(heapq.heappop(events)[2])
+        for request, lease in batcher.step(now).released:
+            count += 1
+            heapq.heappush(ends, (now + durations[request.id], count, lease))
+            key = (LIMITS.length_class(request.tokens), request.priority)
+            head_since = max(request.arrived, last_served[key])
+            waits.append((now - head_since, LIMITS.bound(request.priority)))
+            last_served[key] = now
+    assert len(waits) == len(arrivals)
+    for wait, bound in waits:
+        assert wait <= bound + lanes * longest + 1e-6
+
+
+class Scheduling(RuleBasedStateMachine):
+    """Any order of arrivals, cancels, first tokens, ends, deaths and the passing of time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batcher, self.balancer = pool(2)
+        self.now = 0.0
+        self.count = 0
+        self.queued: dict[str, Waiting] = {}
+        self.running: dict[Lease, Waiting] = {}
+
+    @rule(
+        tokens=st.sampled_from([50, 1000, 4000, 30_000, 90_000, 200_000]),
+        priority=st.sampled_from(["interactive", "batch"]),
+        patience=st.none() | st.floats(0.01, 20),
+    )
+    def arrive(self, tokens: int, priority: Priority, patience: float | None) -> None:
+        self.count += 1
+        deadline = None if patience is None else self.now + patience
+        request = waiting(f"{self.count}", tokens, self.now, priority, deadline)
+        self.batcher.add(request)
+        self.queued[request.id] = request
+        self.step()
+
+    @rule(seconds=st.floats(0.01, 5))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.step()
+
+    @precondition(lambda self: self.queued)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.queued)))
+        assert self.batcher.cancel(request)
+        assert not self.batcher.cancel(request)
+        del self.queued[request]
+        self.step()
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), ends=st.booleans())
+    def progress(self, data: st.DataObject, ends: bool) -> None:
+        lease = data.draw(st.sampled_from(list(self.running)))
+        self.balancer.prefilled(lease)
+        if ends:
+            assert self.batcher.finish(lease, self.now)
+            assert not self.batcher.finish(lease, self.now)
+            del self.running[lease]
+        self.step()
+
+    @rule(name=st.sampled_from(["r0", "r1"]))
+    def die(self, name: str) -> None:
+        for lease in self.balancer.eject(name, State.DEAD, self.now):
+            request = self.running.pop(lease)
+            self.batcher.requeue(request)
+            self.queued[request.id] = request
+        self.step()
+
+    @rule(name=st.sampled_from(["r0", "r1"]))
+    def come_back(self, name: str) -> None:
+        self.balancer.readmit(name)
+        self.step()
+
+    def step(self) -> None:
+        step = self.batcher.step(self.now)
+        for request in step.expired:
+            assert request.deadline is not None
+            assert request.deadline <= self.now
+            del self.queued[request.id]
+        before = dict(self.queued)
+        for request, lease in step.released:
+            older = [
+                other
+                for other in before.values()
+                if self.lane(other) == self.lane(request) and other.arrived < request.arrived
+            ]
+            assert not older, "first in, first out"
+            del before[request.id]
+            self.running[lease] = self.queued.pop(request.id)
+
+    @staticmethod
+    def lane(request: Waiting) -> tuple[int, Priority]:
+        return LIMITS.length_class(request.tokens), request.priority
+
+    @invariant()
+    def counts_agree(self) -> None:
+        assert len(self.batcher) == len(self.queued) == sum(self.batcher.depths().values())
+        assert self.batcher.queued_tokens == sum(r.cost.total for r in self.queued.values())
+        assert sum(load.requests for load in self.balancer.loads().values()) == len(self.running)
+
+    @invariant()
+    def none_waits_past_its_deadline(self) -> None:
+        assert all(r.deadline is None or r.deadline > self.now for r in self.queued.values())
+
+    @invariant()
+    def no_head_waits_while_there_is_room_for_it(self) -> None:
+        heads: dict[tuple[int, Priority], Waiting] = {}
+        for request in self.queued.values():
+            held = heads.setdefault(self.lane(request), request)
+            if request.arrived < held.arrived:
+                heads[self.lane(request)] = request
+        for (edge, _), head in heads.items():
+            trial = deepcopy(self.balancer)
+            assert trial.acquire(head.id, head.cost, edge) is None
+
+    def teardown(self) -> None:
+        for request in list(self.queued):
+            assert self.batcher.cancel(request)
+        for lease in list(self.running):
+            assert self.batcher.finish(lease, self.now)
+        assert len(self.batcher) == self.batcher.queued_tokens == 0
+        assert all(load.requests == load.kv == 0 for load in self.balancer.loads().values())
+        assert self.batcher.next_deadline(self.now) is None
+
+
+TestScheduling = Scheduling.TestCase
+TestScheduling.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_a_step_over_a_thousand_waiting_requests_is_cheap() -> None:
+    """Few lanes are looked at, whatever waits in them: steps are taken at every event."""
+    rng = random.Random(0)
+    batcher, _ = pool(4, limits=BatchingLimits(max_queued=1000))
+    for number in range(3000):
+        batcher.add(waiting(f"{number}", rng.choice([500, 3000, 20_000, 90_000])))
+    batcher.step(0.0)
+    assert len(batcher) > 1000
+    began = time.perf_counter()
+    for _ in range(100):
+        batcher.step(0.0)
+    assert (time.perf_counter() - began) / 100 < 0.001
