@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 from serve_app.errors import LocalAttentionError
 from serve_app.local_attention.layers import rule_of
 from serve_app.local_attention.plan import plan_in_force
+from serve_app.local_attention.sinks import SinkWindowSpec
 from serve_app.pattern import LayerRule
 
 
@@ -55,4 +56,9 @@ def _fits(spec: AttentionSpec, rule: LayerRule, promoted: bool) -> bool:
         return (
             isinstance(spec, ChunkedLocalAttentionSpec) and spec.attention_chunk_size == rule.span
         )
-    return isinstance(spec, SlidingWindowSpec) and spec.sliding_window == rule.span
+    kept = spec.sink_tokens if isinstance(spec, SinkWindowSpec) else 0
+    return (
+        isinstance(spec, SlidingWindowSpec)
+        and spec.sliding_window == rule.span
+        and kept == rule.sinks
+    )

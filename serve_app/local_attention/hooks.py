@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention.chunked_local_attention import Chunked
 from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 
-from serve_app.local_attention import audit, layers
+from serve_app.local_attention import audit, layers, sinks
 from serve_app.local_attention.plan import (
     CHUNK_VARIABLE,
     PLAN_ATTRIBUTE,
@@ -38,6 +38,7 @@ logger = init_logger("vllm.plugins.local_attention")
 def install() -> None:
     """Wrap vLLM's functions. Does nothing the second time."""
     envs.environment_variables.setdefault(CHUNK_VARIABLE, lambda: os.getenv(CHUNK_VARIABLE))
+    sinks.register()
     _wrap(EngineArgs, "create_model_config", _create_model_config)
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(Attention, "__init__", layers.build)

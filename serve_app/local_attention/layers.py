@@ -20,8 +20,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from serve_app.errors import LocalAttentionError
-from serve_app.local_attention import rows
+from serve_app.local_attention import rows, sink_layers
 from serve_app.local_attention.plan import Plan, plan_in_force
+from serve_app.local_attention.sinks import SinkWindowSpec
 from serve_app.pattern import FULL, LayerRule
 
 
@@ -56,7 +57,12 @@ def _build(
     arguments["per_layer_sliding_window"] = None
     if rule.kind == "sliding_attention":
         arguments["per_layer_sliding_window"] = rule.span
-    in_kernel = rule.kind == "chunked_attention" and _selected(arguments) == "TRITON_ATTN"
+    if rule.sinks:
+        selected: Any = _selected(arguments)
+        arguments["attn_backend"] = sink_layers.sink_backend(selected, rule.span, rule.sinks)
+    in_kernel = (
+        rule.kind == "chunked_attention" and _selected(arguments).get_name() == "TRITON_ATTN"
+    )
     if in_kernel:
         # Triton's kernel knows chunks of sliding_window / (chunk_lookback + 1) tokens.
         arguments["per_layer_sliding_window"] = rule.span
@@ -87,6 +93,10 @@ def kv_cache_spec(
     if rule.kind == "chunked_attention":
         return ChunkedLocalAttentionSpec(
             attention_chunk_size=rule.span, **_shape(layer, vllm_config, rule)
+        )
+    if rule.sinks:
+        return SinkWindowSpec(
+            sliding_window=rule.span, sink_tokens=rule.sinks, **_shape(layer, vllm_config, rule)
         )
     return original(layer, vllm_config)
 
@@ -129,13 +139,19 @@ def rule_of(plan: Plan, prefix: str) -> LayerRule | None:
     return plan.rules[index] if index < len(plan.rules) else None
 
 
-def _selected(arguments: dict[str, Any]) -> str:
-    """The name of the backend that vLLM is about to select for this layer."""
+def _selected(arguments: dict[str, Any]) -> type[AttentionBackend]:
+    """The backend that vLLM is about to select for this layer."""
+    vllm_config = get_current_vllm_config()
     cache_config = arguments.get("cache_config")
+    scheme = getattr(arguments.get("quant_config"), "kv_cache_scheme", None)
+    dtype = "auto" if cache_config is None else cache_config.cache_dtype
     backend: type[AttentionBackend] = get_attn_backend(
         arguments["head_size"],
         torch.get_default_dtype(),
-        "auto" if cache_config is None else cache_config.cache_dtype,
+        "fp8" if scheme is not None and dtype == "auto" else dtype,
         has_sink=arguments.get("sinks") is not None,
+        use_mm_prefix=vllm_config.model_config.is_mm_prefix_lm,
+        use_per_head_quant_scales=scheme is not None and scheme.get("strategy") == "attn_head",
+        has_sliding_window=arguments["per_layer_sliding_window"] is not None,
     )
-    return str(backend.get_name())
+    return backend

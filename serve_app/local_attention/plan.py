@@ -346,8 +346,6 @@ def refuse_engine(plan: Plan, vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
     chunked, sinks = plan.chunk is not None, plan.sinks > 0
-    if sinks:
-        raise LocalAttentionError("attention_sinks are not served yet; remove them.")
     what = "chunked attention" if chunked else "attention_sinks"
     if chunked and speculative is not None and speculative.use_eagle():
         raise LocalAttentionError(

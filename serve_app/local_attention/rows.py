@@ -11,23 +11,29 @@ can be captured in CUDA graphs.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     CommonAttentionMetadata,
-    subclass_attention_backend,
+    max_decode_query_len,
+    subclass_attention_backend_with_overrides,
 )
 
 from serve_app.errors import LocalAttentionError
+from serve_app.local_attention import row_kernels
 
 # Backends whose kernels take rows: varlen queries, one block table row and KV length each.
 ROW_BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 
 
-def most_rows(query_lens: torch.Tensor, chunk: int) -> torch.Tensor:
+Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Lengths = TypeVar("Lengths", int, torch.Tensor)
+
+
+def most_rows(query_lens: Lengths, chunk: int) -> Lengths:
     """The most chunks that ``query_lens`` consecutive queries touch, wherever they begin."""
     return (query_lens + chunk - 2) // chunk + 1
 
@@ -45,7 +51,7 @@ def chunk_rows(
     ``count`` is the sum of :func:`most_rows`; rows that the batch does not need are empty.
     """
     query_lens = query_start_loc[1:] - query_start_loc[:-1]
-    context = seq_lens - query_lens
+    context = (seq_lens - query_lens).clamp(min=0)
     per_request = most_rows(query_lens, chunk)
     requests = torch.arange(len(query_lens), device=query_lens.device)
     owner = torch.repeat_interleave(requests, per_request, output_size=count)
@@ -88,31 +94,92 @@ def chunked_backend(backend: type[AttentionBackend], chunk: int) -> type[Attenti
             )
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda one: one.value)
 
+        def __init__(self, spec: Any, layer_names: list[str], config: Any, device: Any) -> None:
+            super().__init__(spec, layer_names, config, device)
+            self.supports_draft_decode_metadata_update = False
+            self.decode_query_len = max_decode_query_len(config)
+            most = max(
+                config.scheduler_config.max_num_seqs,
+                config.compilation_config.max_cudagraph_capture_size or 0,
+            ) * most_rows(self.decode_query_len, chunk)
+            self.buffers: Buffers = (
+                torch.zeros(most + 1, dtype=torch.int32, device=device),
+                torch.zeros(most, dtype=torch.int32, device=device),
+                torch.zeros(most, chunk // spec.block_size, dtype=torch.int32, device=device),
+            )
+
         def build(
             self,
             common_prefix_len: int,
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            batch = _in_rows(common_attn_metadata, chunk, self.kv_cache_spec.block_size)
-            return super().build(common_prefix_len, batch, fast_build)
+            batch = common_attn_metadata
+            rows_each = (
+                most_rows(batch.max_query_len, chunk)
+                if batch.max_query_len <= self.decode_query_len
+                else 0
+            )
+            if batch.block_table_tensor.is_cuda:
+                filled = self._on_device(batch, rows_each)
+            else:
+                filled = chunk_rows(
+                    batch.query_start_loc,
+                    batch.seq_lens,
+                    batch.block_table_tensor,
+                    chunk,
+                    self.kv_cache_spec.block_size,
+                    _count(batch, chunk),
+                )
+            in_rows = batch.replace(
+                query_start_loc=filled[0],
+                seq_lens=filled[1],
+                block_table_tensor=filled[2],
+                num_reqs=len(filled[1]),
+                max_query_len=min(batch.max_query_len, chunk),
+                max_seq_len=min(batch.max_seq_len, chunk),
+            )
+            # An ahead-of-time schedule has room for one row a request.
+            return super().build(common_prefix_len, in_rows, fast_build or rows_each != 1)
 
-    name = f"Chunked{chunk}_"
-    made: type[AttentionBackend] = subclass_attention_backend(name, backend, ChunkedBuilder)
+        def _on_device(self, batch: CommonAttentionMetadata, rows_each: int) -> Buffers:
+            table = batch.block_table_tensor
+            size = self.kv_cache_spec.block_size
+            if rows_each:
+                count = batch.num_reqs * rows_each
+                starts, kv_lens, tables = self.buffers
+                out = (starts[: count + 1], kv_lens[:count], tables[:count])
+            else:
+                count = _count(batch, chunk)
+                out = (
+                    batch.seq_lens.new_empty(count + 1),
+                    batch.seq_lens.new_empty(count),
+                    table.new_empty(count, chunk // size),
+                )
+            row_kernels.chunk_rows(
+                batch.query_start_loc,
+                batch.seq_lens,
+                table,
+                chunk,
+                size,
+                rows_each,
+                most_rows(batch.max_query_len, chunk),
+                out,
+            )
+            return out
+
+    made: type[AttentionBackend] = subclass_attention_backend_with_overrides(
+        f"Chunked{chunk}_",
+        backend,
+        {
+            "get_builder_cls": lambda: ChunkedBuilder,
+            # Rows are counted from the host's query lengths.
+            "supports_device_cpu_query_lens_mismatch": classmethod(lambda _: False),
+        },
+    )
     return made
 
 
-def _in_rows(batch: CommonAttentionMetadata, chunk: int, block_size: int) -> Any:
-    starts_cpu = batch.query_start_loc_cpu
-    count = int(most_rows(starts_cpu[1:] - starts_cpu[:-1], chunk).sum())
-    starts, kv_lens, table = chunk_rows(
-        batch.query_start_loc, batch.seq_lens, batch.block_table_tensor, chunk, block_size, count
-    )
-    return batch.replace(
-        query_start_loc=starts,
-        seq_lens=kv_lens,
-        block_table_tensor=table,
-        num_reqs=count,
-        max_query_len=min(batch.max_query_len, chunk),
-        max_seq_len=min(batch.max_seq_len, chunk),
-    )
+def _count(batch: CommonAttentionMetadata, chunk: int) -> int:
+    starts = batch.query_start_loc_cpu
+    return int(most_rows(starts[1:] - starts[:-1], chunk).sum())
