@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 EXTRA ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
 BIN := .venv/bin
+DEMO := models/demo/config.json
 PINS := constraints.txt constraints-$(EXTRA).txt
 TORCH := $(shell grep '^torch==' constraints-$(EXTRA).txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -24,10 +25,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
-serve: install models/demo ## Serve the demo model on http://127.0.0.1:8000 (deploy.yaml)
+serve: install $(DEMO) ## Serve the demo model on http://127.0.0.1:8000 (deploy.yaml)
 	$(BIN)/serve run deploy.yaml
 
-test: install models/demo ## Run every test, real engines included
+test: install $(DEMO) ## Run every test, real engines included
 	$(BIN)/python -m pytest
 
 check: install ## Lint, formatting, types
@@ -38,7 +39,7 @@ check: install ## Lint, formatting, types
 load: install ## Load a running server for a minute and print a table for each length class
 	$(BIN)/locust -f load_tests/benchmark.py --headless --users 8 --spawn-rate 8 --run-time 60s --host http://127.0.0.1:8000
 
-bench-gateway: install models/demo ## Measure the time that the gateway adds to an engine's own port
+bench-gateway: install $(DEMO) ## Measure the time that the gateway adds to an engine's own port
 	$(BIN)/python benchmarks/gateway.py
 
 clean: ## Remove .venv and the demo model
@@ -46,7 +47,7 @@ clean: ## Remove .venv and the demo model
 
 install: $(STAMP) ## Create .venv with everything pinned
 
-models/demo: | $(STAMP)
+$(DEMO): serve_app/demo/model.py | $(STAMP)
 	$(BIN)/local-attention demo-model models/demo
 
 # --no-deps: the constraints files are the whole tree, so nothing is resolved and nothing else can arrive.

@@ -1,0 +1,1 @@
+"""A language model small enough to make on the spot."""
