@@ -16,13 +16,13 @@ LAYERS: list[set[str]] = [
     {"batching", "lengths", "capacity"},
     {"router", "autoscaling"},
     {"api", "engine"},
-    {"deployments", "advice", "cli"},
+    {"deployments", "advice", "preflight", "cli"},
 ]
 WITHIN_LAYER = {
     "config": {"errors", "pattern"},
     "request": {"errors"},
     "capacity": {"lengths"},
-    "cli": {"advice"},
+    "cli": {"advice", "preflight"},
 }
 ASIDE = {
     "local_attention": {"config", "errors", "pattern"},

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -30,6 +31,12 @@ def pins(*names: str) -> dict[str, Requirement]:
 def test_every_shipped_configuration_loads(path: Path) -> None:
     config = load_config(path)
     assert config.pools
+
+
+def test_the_deployment_names_a_configuration_that_loads() -> None:
+    deploy = yaml.safe_load((ROOT / "deploy.yaml").read_text())
+    (application,) = deploy["applications"]
+    assert load_config(ROOT / application["args"]["config"]).pools
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])

@@ -68,14 +68,15 @@ def build(directory: Path, seed: int = 0) -> None:
     ``config.json`` is written last, so that a directory that has it is whole. Raises
     ``ConfigError`` when the directory holds files that are not the demo model's.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     directory = Path(directory)
     _refuse_strangers(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
     write_tokenizer(directory)
-    save_file(weights(seed), directory / "model.safetensors", metadata={"format": "pt"})
+    data = save(weights(seed), metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(data)
     _write_json(
         directory / "generation_config.json",
         {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},

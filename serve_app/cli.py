@@ -1,0 +1,286 @@
+"""The ``local-attention`` command.
+
+Heavy imports stand inside the commands that need them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from serve_app.errors import ServeAppError
+
+if TYPE_CHECKING:
+    import httpx
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Serve language models with local attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# Neither Ray nor vLLM reports usage unless the user says so.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+}
+# Standard output is for the answer alone.
+_LOGS_ASIDE = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+_POLL_S = 1.0
+
+
+def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
+    """Errors raised on purpose become one line and exit code 1; others keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except ServeAppError as error:
+            _notes.print(f"error: {error}", style="red", markup=False)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+@app.command("demo-model")
+@_one_line_errors
+def demo_model(
+    directory: Annotated[Path, typer.Argument(help="Where to write the model.")],
+) -> None:
+    """Make a Llama-shaped, byte-level model of under 3 MB."""
+    from serve_app.demo.model import build
+
+    build(directory)
+    _notes.print(f"The demo model is in {directory}.")
+
+
+@app.command()
+@_one_line_errors
+def serve(
+    deployment: Annotated[
+        Path, typer.Argument(help="Serve's deployment file.", metavar="DEPLOY.YAML")
+    ] = Path("deploy.yaml"),
+) -> None:
+    """Check the configuration, then `serve run` it, and say when it is ready."""
+    from serve_app import preflight
+
+    plan = preflight.read_deployment(deployment)
+    preflight.check(plan)
+    if not os.environ.get("RAY_ADDRESS"):
+        preflight.check_machine(plan)
+    raise typer.Exit(_serve_run(deployment, plan.url))
+
+
+def _serve_run(deployment: Path, url: str) -> int:
+    """Run Ray's own command in the foreground and report readiness. Returns its exit code."""
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(deployment)]
+    child = subprocess.Popen(command, env={**_QUIET, **os.environ})
+    # Ctrl-C reaches the child by itself; SIGTERM must end it as Ctrl-C does, which stops Serve.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
+    started = time.monotonic()
+    for state in _states(url, child):
+        _notes.print(f"[{time.monotonic() - started:4.0f} s] {state}", markup=False)
+    return child.wait()
+
+
+def _states(url: str, child: subprocess.Popen[bytes]) -> Iterator[str]:
+    """What is being waited for, each time that it changes, until the server is ready."""
+    import httpx
+
+    last = ""
+    with httpx.Client(base_url=url, timeout=5, trust_env=False) as client:
+        while child.poll() is None:
+            ready, state = _state(client)
+            if state != last:
+                yield state
+                last = state
+            if ready:
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_POLL_S)
+
+
+def _state(client: httpx.Client) -> tuple[bool, str]:
+    import httpx
+
+    try:
+        reply = client.get("/ready")
+        answer = reply.json()
+        pools: dict[str, int] = answer["pools"]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return False, "waiting for Ray and the gateway"
+    if answer["ready"]:
+        return True, f"ready: {client.base_url.join('/v1')} (Ctrl-C stops it)"
+    missing = [name for name, engines in pools.items() if not engines]
+    return False, f"waiting for the engines of {' and '.join(missing)}: loading the model"
+
+
+@app.command()
+@_one_line_errors
+def offline(
+    model: Annotated[str, typer.Option(help="A directory, or a name that vLLM can load.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    attention_chunk_size: Annotated[
+        int | None, typer.Option(help="Every layer sees its own chunk of this many tokens.")
+    ] = None,
+    sliding_window: Annotated[
+        int | None, typer.Option(help="Every layer sees the last this many tokens.")
+    ] = None,
+    attention_sinks: Annotated[
+        int, typer.Option(help="First tokens that stay visible, with --sliding-window.")
+    ] = 0,
+    full_attention_every: Annotated[
+        int | None, typer.Option(help="Every n-th layer sees everything.")
+    ] = None,
+) -> None:
+    """Continue one prompt with one vLLM engine, without Ray."""
+    from serve_app import preflight
+
+    local = _local_attention(
+        attention_chunk_size, sliding_window, attention_sinks, full_attention_every
+    )
+    if Path(model).is_dir() or model.startswith((".", "/")):
+        model = str(Path(model).resolve())
+        preflight.check_model(model)
+    for name, value in (_QUIET | _LOGS_ASIDE).items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM, SamplingParams
+
+    options = {"additional_config": {"local_attention": local}} if local else {}
+    with _notes.status(f"Loading {model}"):
+        # Compiling or capturing graphs takes longer than one prompt gains from it.
+        engine = LLM(model=model, enforce_eager=True, **options)
+    (result,) = engine.generate(
+        [prompt], SamplingParams(max_tokens=max_tokens, temperature=0), use_tqdm=False
+    )
+    typer.echo(result.outputs[0].text)
+
+
+def _local_attention(
+    chunk: int | None, window: int | None, sinks: int, full_every: int | None
+) -> dict[str, Any] | None:
+    """The plugin's dictionary, or None when no pattern was asked for. Raises ``ConfigError``."""
+    from pydantic import ValidationError
+
+    from serve_app.config import explain
+    from serve_app.errors import ConfigError
+    from serve_app.pattern import LocalAttention
+
+    if chunk is None and window is None and not sinks and full_every is None:
+        return None
+    try:
+        pattern = LocalAttention(
+            attention_chunk_size=chunk,
+            sliding_window=window,
+            attention_sinks=sinks,
+            full_attention_every=full_every,
+        )
+    except ValidationError as error:
+        raise ConfigError(explain(error).removeprefix("the file: ")) from error
+    return pattern.model_dump(exclude_none=True, mode="json")
+
+
+@app.command()
+@_one_line_errors
+def chat(
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask this and leave; without it, hold a conversation.")
+    ] = None,
+    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Stream chat answers from a running server."""
+    import httpx
+
+    messages: list[dict[str, str]] = []
+    timeout = httpx.Timeout(10, read=None)
+    with httpx.Client(base_url=url, timeout=timeout, trust_env=False) as client:
+        for question in [prompt] if prompt is not None else _typed():
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            for piece in _answer(client, messages, max_tokens):
+                answer += piece
+                typer.echo(piece, nl=False)
+            typer.echo()
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the terminal until end of file."""
+    _notes.print("Ctrl-D ends the conversation.")
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def _answer(client: httpx.Client, messages: list[dict[str, str]], max_tokens: int) -> Iterator[str]:
+    """The pieces of one streamed answer. Raises ``ServeAppError`` with the server's own words."""
+    import httpx
+
+    try:
+        models = client.get("/v1/models")
+        _raise_for_error(models)
+        body = {
+            "model": models.json()["data"][0]["id"],
+            "messages": messages,
+            "max_tokens": max_tokens,
+            "stream": True,
+        }
+        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            if reply.is_error:
+                reply.read()
+            _raise_for_error(reply)
+            for line in reply.iter_lines():
+                yield _piece(line)
+    except httpx.ConnectError as error:
+        raise ServeAppError(
+            f"No server answers at {client.base_url}; start one with local-attention serve."
+        ) from error
+    except httpx.HTTPError as error:
+        raise ServeAppError(f"The server at {client.base_url} broke off: {error}.") from error
+
+
+def _raise_for_error(reply: httpx.Response) -> None:
+    if not reply.is_error:
+        return
+    try:
+        message = reply.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"The server answered with status {reply.status_code}."
+    raise ServeAppError(message)
+
+
+def _piece(line: str) -> str:
+    """The text that one line of a server-sent event stream adds."""
+    data = line.removeprefix("data: ")
+    if data == line or data == "[DONE]":
+        return ""
+    event = json.loads(data)
+    if "error" in event:
+        raise ServeAppError(event["error"]["message"])
+    choices = event["choices"]
+    return (choices[0]["delta"].get("content") or "") if choices else ""
