@@ -13,15 +13,16 @@ ROOT = Path(__file__).parent.parent
 # Each module may import from the modules of the layers below it, and from those named beside it.
 LAYERS: list[set[str]] = [
     {"errors", "pattern", "config", "request", "metrics"},
-    {"batching", "lengths", "capacity"},
-    {"router", "autoscaling"},
+    {"balance", "batching", "lengths", "capacity"},
+    {"router", "upstream", "autoscaling"},
     {"api", "engine"},
     {"deployments", "advice", "preflight", "cli"},
 ]
 WITHIN_LAYER = {
     "config": {"errors", "pattern"},
     "request": {"errors"},
-    "capacity": {"lengths"},
+    "metrics": {"request"},
+    "batching": {"balance"},
     "cli": {"advice", "preflight"},
 }
 ASIDE = {
