@@ -26,7 +26,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 serve: install $(DEMO) ## Serve the demo model on http://127.0.0.1:8000 (deploy.yaml)
-	$(BIN)/serve run deploy.yaml
+	$(BIN)/local-attention serve deploy.yaml
 
 test: install $(DEMO) ## Run every test, real engines included
 	$(BIN)/python -m pytest
