@@ -44,7 +44,6 @@ class EngineDeployment:
             pool=pool,
             replica=serve.get_replica_context().replica_id.unique_id,
             host="127.0.0.1" if loopback else get_node_ip_address(),
-            default_output=config.gateway.default_output_tokens,
         )
 
     async def describe(self) -> EngineInfo:

@@ -93,27 +93,29 @@ _visit: ContextVar[Visit] = ContextVar("visit")
 
 
 class CountingLLM(AsyncLLM):  # type: ignore[misc]
-    """``AsyncLLM`` that refuses a prompt whose output budget would not fit behind it.
+    """``AsyncLLM`` that holds every request to its output budget, in both directions.
 
-    vLLM itself shortens the answer without a word, which is wrong for a request that another
-    pool could answer in full.
+    vLLM shortens an answer that does not fit behind its prompt without a word, which is wrong
+    for a request that another pool could answer in full; and it lets an answer without a limit
+    fill the context, which would make its length depend on the pool that it met.
     """
 
     def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        if visit := _visit.get(None):
+        visit = _visit.get(None)
+        if visit is not None and visit.output_budget:
             count = len(prompt.get("prompt_token_ids") or prompt.get("prompt_embeds") or ())
             visit.prompt_tokens += count
-            limit = self.model_config.max_model_len
-            if count + visit.output_budget > limit:
+            limit, budget = self.model_config.max_model_len, visit.output_budget
+            if count + budget > limit:
                 raise VLLMValidationError(
                     f"This model's maximum context length is {limit} tokens. However, the request "
-                    f"needs {count + visit.output_budget}: {count} for the prompt and "
-                    f"{visit.output_budget} for the answer.",
+                    f"needs {count + budget}: {count} for the prompt and {budget} for the answer.",
                     parameter="input_tokens",
                     value=count,
                 )
+            sampling_params.max_tokens = budget
         stream: AsyncGenerator[Any, None] = super().generate(
             prompt, sampling_params, request_id, **options
         )
@@ -231,16 +233,15 @@ class Engine:
         self._info = info
 
     @classmethod
-    async def start(
-        cls, args: Mapping[str, Any], *, pool: str, replica: str, host: str, default_output: int
-    ) -> Engine:
+    async def start(cls, args: Mapping[str, Any], *, pool: str, replica: str, host: str) -> Engine:
         """Load the model and open a free port of ``host``.
 
-        ``args`` are vLLM's engine arguments by name. ``default_output`` is the output budget, in
-        tokens, of a request that names none. Raises ``ConfigError`` for an unknown argument.
+        ``args`` are vLLM's engine arguments by name. Raises ``ConfigError`` for an unknown one.
         """
         check_engine_args(args)
-        namespace = _namespace(args, default_output)
+        namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        for name, value in args.items():
+            setattr(namespace, name, value)
         config = AsyncEngineArgs.from_cli_args(namespace).create_engine_config()
         load = LoadLogger()
         # vLLM wants a factory for each engine; there is one engine here.
@@ -270,13 +271,3 @@ class Engine:
             await asyncio.wait_for(self._door.drained.wait(), grace_s)
         await self._port.close()
         self._llm.shutdown()
-
-
-def _namespace(args: Mapping[str, Any], default_output: int) -> Namespace:
-    """vLLM's own defaults for its server, with ``args`` over them."""
-    namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    # vLLM's default budget is "up to max_model_len", which would differ from pool to pool.
-    generation = {"max_new_tokens": default_output, **args.get("override_generation_config", {})}
-    for name, value in {**args, "override_generation_config": generation}.items():
-        setattr(namespace, name, value)
-    return namespace

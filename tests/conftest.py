@@ -1,0 +1,20 @@
+"""Fixtures that are dear to make are made once for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving import Server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The demo application, two real engines behind a gateway."""
+    running = Server()
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.stop()

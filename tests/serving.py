@@ -1,0 +1,86 @@
+"""Starts ``serve run deploy.yaml`` as a user would, on ports and in a directory of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 90
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A running application. ``url`` is its address; ``log`` is what it printed so far."""
+
+    def __init__(self, deploy: Path = ROOT / "deploy.yaml") -> None:
+        # Ray puts Unix sockets below this directory, and their paths may have 107 bytes only.
+        self._directory = Path(tempfile.mkdtemp(prefix="la-", dir="/tmp"))
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        settings = yaml.safe_load(deploy.read_text())
+        settings["http_options"]["port"] = port
+        for application in settings["applications"]:
+            application["args"]["config"] = str(ROOT / application["args"]["config"])
+        config = self._directory / "deploy.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        self._log = self._directory / "log"
+        environment = os.environ | {
+            "RAY_ADDRESS": "local",  # never join a cluster that happens to run here
+            "RAY_TMPDIR": str(self._directory),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [Path(sys.executable).with_name("serve"), "run", str(config)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait_ready(self) -> None:
+        """Return when every pool has an engine; raise with the log when that cannot happen."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"serve run ended:\n{self.log[-4000:]}")
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        raise TimeoutError(f"not ready after {START_TIMEOUT_S} s:\n{self.log[-4000:]}")
+
+    def stop(self) -> None:
+        """Interrupt it as Ctrl-C would, and end what is left of its own processes."""
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)

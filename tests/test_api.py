@@ -1,0 +1,198 @@
+"""The gateway's HTTP over a router whose engines are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.api import create_app
+from serve_app.config import AppConfig
+from serve_app.errors import EngineError
+from serve_app.metrics import GatewayMetrics
+from serve_app.request import Call, EngineInfo
+from serve_app.router import Pool, Router
+
+CONFIG = AppConfig.model_validate(
+    {
+        "model": "m",
+        "served_model_name": "demo",
+        "device": "cpu",
+        "gateway": {"max_body_bytes": 4096},
+        "pools": {"short": {"max_model_len": 1024}},
+    }
+)
+ASK = {"model": "demo", "prompt": "hi", "max_tokens": 4}
+
+
+class FakeReply:
+    """Yields its parts; then dies, waits for ever, or ends."""
+
+    status = 200
+    content_type = "text/event-stream"
+    prompt_tokens = 7
+    refused = False
+    too_long = None
+
+    def __init__(self, *parts: bytes, dies: bool = False, hangs: bool = False) -> None:
+        self.parts = parts
+        self.dies = dies
+        self.hangs = hangs
+        self.closed = asyncio.Event()
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for part in self.parts:
+            yield part
+        if self.dies:
+            raise EngineError("The engine died while it was answering.")
+        if self.hangs:
+            await asyncio.Event().wait()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class Gateway:
+    """An application with one pool of one engine, which answers with ``reply``."""
+
+    def __init__(self, reply: FakeReply | None) -> None:
+        self.pool = Pool("short", 1024)
+        self.calls: list[Call] = []
+        if reply is not None:
+            self.pool.update([EngineInfo("e1", "short", "http://e1", "token")])
+
+        async def open_call(_engine: EngineInfo, call: Call) -> FakeReply:
+            self.calls.append(call)
+            assert reply is not None
+            return reply
+
+        self.metrics = GatewayMetrics()
+        self.app = create_app(CONFIG, Router([self.pool], open_call), self.metrics)
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app), base_url="http://gateway"
+        )
+
+    def count(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+async def test_bytes_pass_through_unchanged_with_the_pool_named() -> None:
+    gateway = Gateway(FakeReply(b"data: 1\n\n", b"data: [DONE]\n\n"))
+    answer = await gateway.http.post("/v1/completions", json=ASK, headers={"x-request-id": "abc"})
+    assert answer.content == b"data: 1\n\ndata: [DONE]\n\n"
+    assert answer.headers["x-pool"] == "short"
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert gateway.calls[0].id == "abc"
+    assert json.loads(gateway.calls[0].body) == ASK
+    assert gateway.calls[0].output_tokens == 4
+
+
+async def test_an_engine_that_dies_half_way_ends_the_stream_with_an_error_event() -> None:
+    gateway = Gateway(FakeReply(b"data: 1\n\n", dies=True))
+    answer = await gateway.http.post("/v1/completions", json=ASK)
+    *_, event = answer.text.strip().split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["code"] == "engine_failed"
+    assert "[DONE]" not in answer.text
+
+
+async def test_no_engine_is_503_with_a_time_to_retry() -> None:
+    answer = await Gateway(None).http.post("/v1/completions", json=ASK)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert answer.json()["error"]["code"] == "no_engine"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 4000])
+async def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+    answer = await Gateway(FakeReply()).http.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_a_body_over_the_limit_is_refused_before_it_is_read_whole() -> None:
+    sent = 0
+
+    async def flood() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1024
+            yield b" " * 1024
+
+    answer = await Gateway(FakeReply()).http.post("/v1/completions", content=flood())
+    assert answer.status_code == 413
+    assert sent < 10 * CONFIG.gateway.max_body_bytes
+
+
+async def test_a_wrong_method_and_an_unknown_path_keep_their_status() -> None:
+    http = Gateway(FakeReply()).http
+    assert (await http.get("/v1/completions")).status_code == 405
+    missing = await http.get("/v1/embeddings")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "not_found"
+
+
+async def test_ready_needs_an_engine_and_health_does_not() -> None:
+    full, empty = Gateway(FakeReply()), Gateway(None)
+    assert (await full.http.get("/ready")).json() == {"ready": True, "pools": {"short": 1}}
+    assert (await empty.http.get("/ready")).status_code == 503
+    assert (await empty.http.get("/health")).status_code == 200
+
+
+async def test_models_names_the_longest_context() -> None:
+    (model,) = (await Gateway(None).http.get("/v1/models")).json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("demo", 1024)
+
+
+async def test_metrics_count_answers_and_show_engines() -> None:
+    gateway = Gateway(FakeReply(b"{}"))
+    await gateway.http.post("/v1/completions", json=ASK)
+    assert gateway.count("gateway_requests_total", pool="short", status="200") == 1
+    text = (await gateway.http.get("/metrics")).text
+    assert 'engine_outstanding_tokens{pool="short",replica="e1"} 0.0' in text
+
+
+class Client:
+    """A client at the level of ASGI, because only there can it leave at a chosen moment."""
+
+    def __init__(self, body: bytes) -> None:
+        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self.got_bytes = asyncio.Event()
+        self.scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/v1/completions",
+            "query_string": b"",
+            "headers": [],
+        }
+
+    async def receive(self) -> dict[str, Any]:
+        return await self._messages.get()
+
+    async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body" and message["body"]:
+            self.got_bytes.set()
+
+    def leave(self) -> None:
+        self._messages.put_nowait({"type": "http.disconnect"})
+
+
+@pytest.mark.parametrize("parts", [(b"data: 1\n\n",), ()])
+async def test_a_client_that_leaves_closes_the_engines_answer(parts: tuple[bytes, ...]) -> None:
+    reply = FakeReply(*parts, hangs=True)
+    gateway = Gateway(reply)
+    client = Client(json.dumps(ASK).encode())
+    serving = asyncio.create_task(gateway.app(client.scope, client.receive, client.send))  # type: ignore[arg-type]
+    if parts:
+        await client.got_bytes.wait()
+    client.leave()
+    await serving
+    if gateway.calls:  # it may leave before an engine was asked
+        assert reply.closed.is_set()
+    assert gateway.pool.outstanding("e1") == 0
+    assert gateway.count("gateway_disconnects_total") == 1

@@ -1,0 +1,109 @@
+"""The engine's door and argument check. The engine itself is met in test_end_to_end.py."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from serve_app.engine import Door, Engine, _visit, check_engine_args
+from serve_app.errors import ConfigError
+
+Message = dict[str, Any]
+
+
+class Visitor:
+    """One request at the level of ASGI, and what came back."""
+
+    def __init__(self, path: str = "/v1/completions", token: str = "secret") -> None:
+        headers = [(b"x-engine-token", token.encode()), (b"x-output-budget", b"9")]
+        self.scope: Message = {"type": "http", "path": path, "headers": headers}
+        self.sent: list[Message] = []
+
+    async def receive(self) -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(dict(message))
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+
+async def answer(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    _visit.get().prompt_tokens = 42  # vLLM tokenizes after it sent its status
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.mark.parametrize(
+    ("visitor", "status"),
+    [
+        (Visitor(), 200),
+        (Visitor(token="wrong"), 401),
+        (Visitor(token=""), 401),
+        (Visitor(path="/v1/embeddings"), 404),
+        (Visitor(path="/metrics"), 404),
+        (Visitor(path="/v1/completions/"), 404),
+    ],
+)
+async def test_only_gateways_enter_and_only_listed_routes_exist(
+    visitor: Visitor, status: int
+) -> None:
+    await Door(answer, "secret")(visitor.scope, visitor.receive, visitor.send)
+    assert visitor.status == status
+    assert ((b"x-engine-refused", b"1") in visitor.sent[0]["headers"]) == (status != 200)
+
+
+async def test_the_status_line_waits_for_the_exact_count() -> None:
+    visitor = Visitor()
+    await Door(answer, "secret")(visitor.scope, visitor.receive, visitor.send)
+    assert (b"x-prompt-tokens", b"42") in visitor.sent[0]["headers"]
+
+
+async def test_a_closed_door_refuses_and_drains_what_is_under_way() -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        entered.set()
+        await leave.wait()
+        await answer(scope, receive, send)
+
+    door = Door(slow, "secret")
+    first, late = Visitor(), Visitor()
+    serving = asyncio.create_task(door(first.scope, first.receive, first.send))
+    await entered.wait()
+    door.close()
+    await door(late.scope, late.receive, late.send)
+    assert late.status == 503
+    assert not door.drained.is_set()
+    leave.set()
+    await serving
+    assert first.status == 200
+    assert door.drained.is_set()
+
+
+async def test_a_request_that_fails_is_still_counted_out() -> None:
+    async def fail(_scope: Any, _receive: Any, _send: Any) -> None:
+        raise ValueError
+
+    door, visitor = Door(fail, "secret"), Visitor()
+    with pytest.raises(ValueError):  # noqa: PT011
+        await door(visitor.scope, visitor.receive, visitor.send)
+    assert door.drained.is_set()
+
+
+def test_an_unknown_engine_argument_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match=r"max_num_seq\..*max_num_seqs"):
+        check_engine_args({"max_num_seq": 3})
+
+
+def test_server_arguments_of_vllm_are_known_too() -> None:
+    check_engine_args({"tool_call_parser": "hermes", "enable_auto_tool_choice": True})
+
+
+async def test_an_engine_is_not_started_with_an_unknown_argument() -> None:
+    with pytest.raises(ConfigError):
+        await Engine.start({"nonsense": 1}, pool="p", replica="r", host="127.0.0.1")
