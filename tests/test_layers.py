@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import from the modules of the layers below it, and from those named beside it.
 LAYERS: list[set[str]] = [
-    {"errors", "pattern", "config", "request", "metrics"},
+    {"errors", "pattern", "config", "request", "metrics", "guard", "keys"},
     {"balance", "batching", "lengths", "capacity"},
     {"router", "upstream", "autoscaling"},
     {"api", "engine"},
@@ -22,6 +22,8 @@ WITHIN_LAYER = {
     "config": {"errors", "pattern"},
     "request": {"errors"},
     "metrics": {"request"},
+    "guard": {"errors"},
+    "keys": {"errors"},
     "batching": {"balance"},
     "cli": {"advice", "preflight"},
 }
