@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from serve_app.errors import InvalidRequest
 
@@ -32,6 +32,9 @@ COMPLETIONS = "/v1/completions"
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The largest values that are taken. Lengths of texts are characters."""
+
+    # As a field of the configuration: an unknown key is refused, not ignored.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     # the document
     depth: int = 64

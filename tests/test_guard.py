@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from serve_app.errors import InvalidRequest
 from serve_app.guard import CHAT, COMPLETIONS, Limits, check_body, regex_states
@@ -362,6 +363,14 @@ def test_limits_open_what_is_off_by_default() -> None:
     assert check_body(raw, CHAT, open_)["chat_template"] == "{{ messages }}"
     with pytest.raises(InvalidRequest, match="taken here: enable_thinking"):
         check_body(chat(chat_template_kwargs={"tools": 1}), CHAT, open_)
+
+
+def test_limits_can_be_a_part_of_the_configuration() -> None:
+    adapter = TypeAdapter(Limits)
+    limits = adapter.validate_python({"n": 2, "chat_template_kwargs": ["enable_thinking"]})
+    assert limits == Limits(n=2, chat_template_kwargs=frozenset({"enable_thinking"}))
+    with pytest.raises(ValidationError, match="max_n"):
+        adapter.validate_python({"max_n": 2})
 
 
 def test_no_text_of_a_request_is_repeated() -> None:
