@@ -1,0 +1,17 @@
+"""Load tests of any OpenAI-compatible server, over the wire alone.
+
+Imports nothing from ``serve_app``: what is measured is what a client sees.
+
+====================  =========================================================
+``benchmark.py``      locustfile: mixed traffic at an open-loop Poisson rate
+``long_context.py``   locustfile: cost and retrieval against prompt length
+``shapes.py``         locustfile: steps, spike and ramp, beside ``benchmark.py``
+``client.py``         one streamed request over geventhttpclient
+``stream.py``         what a request is, what its stream showed (pure)
+``prompts.py``        prompts of exact token lengths (pure but for two look-ups)
+``run.py``            one run: options, records, files, drain, client CPU
+``summary.py``        the tables and the verdict (pure)
+``null_server.py``    an instant fake server
+``floor.py``          the client's own floor, measured with it
+====================  =========================================================
+"""

@@ -1,0 +1,78 @@
+"""The client's own floor: the run's first seconds sent again, to a server that takes no time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+
+from gevent.pool import Group
+
+from load_tests.client import send, sleep_until, user_agent
+from load_tests.stream import Ask, Record
+from load_tests.summary import figure, percentile
+
+Floor = dict[str, float | int]
+
+MOST_ITL_MS = 50.0  # a slow engine's pace would keep the replay open for minutes
+
+
+@contextmanager
+def null_server(*arguments: str) -> Iterator[str]:
+    """A null server in a process of its own; yields its base URL."""
+    command = [sys.executable, "-m", "load_tests.null_server", "--port", "0", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
+
+
+def client_floor(
+    sent: Sequence[tuple[float, Ask]], records: Sequence[Record], seconds: float
+) -> Floor | None:
+    """What the client measures of a server without any TTFT, at the arrivals of the run's first
+    ``seconds`` (``sent``: when and what) and the pace of its streams; None if nothing was sent."""
+    asks = [(at, ask) for at, ask in sent if at < seconds]
+    if not asks:
+        return None
+    paces = [record.itl_ms for record in records if record.itl_ms is not None]
+    pace = min(MOST_ITL_MS, percentile(paces, 0.5)) if paces else 0.0
+    with null_server("--itl-ms", f"{pace:.3f}") as host:
+        replayed = replay(host, asks)
+    ttft = [record.ttft_ms for record in replayed if record.ttft_ms is not None]
+    itl_error = [record.itl_ms - pace for record in replayed if record.itl_ms is not None]
+    return {
+        "requests": len(replayed),
+        "failed": sum(record.outcome != "ok" for record in replayed),
+        "ttft_p50_ms": percentile(ttft, 0.5),
+        "ttft_p99_ms": percentile(ttft, 0.99),
+        "itl_error_p50_ms": percentile(itl_error, 0.5),
+    }
+
+
+def replay(host: str, asks: list[tuple[float, Ask]]) -> list[Record]:
+    """Send each ask at its time (seconds from now) to ``host``; returns when all have ended."""
+    agent, group, origin = user_agent(), Group(), perf_counter() + 0.1
+
+    def one(scheduled: float, ask: Ask) -> Record:
+        sleep_until(scheduled)
+        return send(agent, host, ask, scheduled, origin=origin, headers={})
+
+    greenlets = [group.spawn(one, origin + at, ask) for at, ask in asks]
+    group.join()
+    return [greenlet.get() for greenlet in greenlets]
+
+
+def floor_line(floor: Floor | None) -> str:
+    """The floor in one line."""
+    if floor is None:
+        return "client floor: not measured"
+    return (
+        f"client floor at this rate, null server ({floor['requests']} requests): TTFT p50 "
+        f"{figure(floor['ttft_p50_ms'])} ms, p99 {figure(floor['ttft_p99_ms'])} ms; ITL off by "
+        f"{figure(floor['itl_error_p50_ms'])} ms"
+    )

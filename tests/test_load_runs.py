@@ -1,0 +1,199 @@
+"""The locustfiles as a user runs them, against the null server. Locust patches the process it is
+imported into, so both stay in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MIX = "short=0.7:150-300:16:500:50,long=0.3:900:16:1000:50"
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+@contextmanager
+def null_server(*arguments: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "load_tests.null_server", "--port", "0", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
+
+
+def locust(files: str, host: str, out: Path, *arguments: str) -> Finished:
+    paths = ",".join(f"load_tests/{name}" for name in files.split(","))
+    command = [sys.executable, "-m", "locust", "-f", paths, "--headless", "--only-summary"]
+    command += ["--host", host, "--out", str(out), "--floor", "0", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines, summary = out / "requests.jsonl", out / "summary.json"
+    return Finished(
+        done.returncode,
+        done.stdout + done.stderr,
+        [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else [],
+        json.loads(summary.read_text()) if summary.exists() else {},
+    )
+
+
+def benchmark(host: str, out: Path, *arguments: str) -> Finished:
+    return locust("benchmark.py", host, out, "--mix", MIX, "-t", "3s", "--rate", "20", *arguments)
+
+
+def test_benchmark_measures_what_the_server_was_told(tmp_path: Path) -> None:
+    with null_server("--ttft-ms", "60", "--itl-ms", "8") as host:
+        run = benchmark(host, tmp_path / "run", "--floor", "1")
+    assert run.code == 0, run.out
+    assert len(run.records) > 20
+    assert {record["outcome"] for record in run.records} == {"ok"}
+    assert len(run.records) == run.summary["classes"][-1]["count"]
+    assert all(r["prompt_tokens"] == r["prompt_tokens_asked"] for r in run.records)
+    assert {record["output_tokens"] for record in run.records} == {16}
+    assert all(record["ttft_ms"] >= 60 for record in run.records)
+    assert statistics.median(record["ttft_ms"] for record in run.records) < 70
+    assert statistics.median(record["itl_ms"] for record in run.records) == pytest.approx(8, abs=1)
+    assert statistics.median(g for r in run.records for g in r["gaps_ms"]) == pytest.approx(
+        8, abs=2
+    )
+    assert all(record["e2e_ms"] >= 60 + 15 * 8 for record in run.records)
+    assert all(record["sent"] >= record["scheduled"] for record in run.records)
+    assert run.summary["floor"]["failed"] == 0
+    assert 0 < run.summary["floor"]["ttft_p50_ms"] < 20
+    assert "VALID" in run.out
+    for kind in ("POST", "TTFT", "ITL"):
+        assert f"{kind:9}short" in run.out  # Locust's own table
+
+
+def test_chunks_of_several_tokens_keep_gap_and_itl_apart(tmp_path: Path) -> None:
+    with null_server("--itl-ms", "5", "--tokens-per-chunk", "4") as host:
+        run = benchmark(host, tmp_path / "run")
+    # 16 tokens in 4 chunks: the last chunk comes 12 tokens' time after the first
+    assert statistics.median(record["itl_ms"] for record in run.records) == pytest.approx(4, abs=1)
+    assert statistics.median(g for r in run.records for g in r["gaps_ms"]) == pytest.approx(
+        20, abs=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("error-event", "error event: told to fail"),
+        ("no-done", "the stream ended without [DONE]"),
+        ("empty", "the stream held no content"),
+        ("cut", "HTTPParseError: Incomplete response."),
+        ("400", "HTTP 400: told to say 400"),
+    ],
+)
+def test_a_fault_is_a_failure(tmp_path: Path, fault: str, error: str) -> None:
+    with null_server("--fault", fault, "--fault-every", "2") as host:
+        run = benchmark(host, tmp_path / "run")
+    failed = [record for record in run.records if record["outcome"] == "failed"]
+    assert run.code == 1
+    assert abs(len(failed) - len(run.records) / 2) <= 1
+    assert {record["error"] for record in failed} == {error}
+    assert run.summary["classes"][-1]["failed"] == len(failed)
+    assert error in run.out
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_refusal_is_counted_apart(tmp_path: Path, status: int) -> None:
+    with null_server("--fault", str(status), "--fault-every", "2") as host:
+        run = benchmark(host, tmp_path / "run")
+    refused = [record for record in run.records if record["outcome"] == "rejected"]
+    assert run.code == 0, run.out
+    assert abs(len(refused) - len(run.records) / 2) <= 1
+    assert all(r["refused"] == [status] and r["retry_after_s"] == 1 for r in refused)
+    assert run.summary["classes"][-1]["refused"] == {str(status): len(refused)}
+    assert run.summary["classes"][-1]["failed"] == 0
+
+
+def test_retry_after_is_obeyed_on_request_and_counts_as_latency(tmp_path: Path) -> None:
+    with null_server("--fault", "429", "--fault-every", "3") as host:
+        run = benchmark(host, tmp_path / "run", "--obey-retry-after", "--rate", "8")
+    waited = [record for record in run.records if record["refused"]]
+    assert waited
+    assert {record["outcome"] for record in run.records} == {"ok"}
+    assert all(record["ttft_ms"] >= 1000 * len(record["refused"]) for record in waited)
+
+
+def test_a_request_that_never_ends_makes_the_run_invalid(tmp_path: Path) -> None:
+    with null_server("--fault", "hang", "--fault-every", "10") as host:
+        run = benchmark(host, tmp_path / "run", "--drain", "1")
+    lost = [record for record in run.records if record["outcome"] == "unfinished"]
+    assert lost
+    assert not run.summary["valid"]
+    assert "INVALID" in run.out
+    assert "have no outcome" in run.out
+
+
+def test_one_seed_sends_the_same_requests(tmp_path: Path) -> None:
+    with null_server() as host:
+        runs = [
+            benchmark(host, tmp_path / name, "--seed", seed)
+            for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
+        ]
+    first, again, other = (
+        [
+            record["prompt_tokens_asked"]
+            for record in sorted(r.records, key=lambda x: x["scheduled"])
+        ]
+        for r in runs
+    )
+    shared = min(len(first), len(again))
+    assert shared > 10
+    assert first[:shared] == again[:shared]
+    assert first[:20] != other[:20]
+
+
+def test_no_server_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    run = benchmark("http://127.0.0.1:9", tmp_path / "run")
+    assert run.code == 1
+    assert "http://127.0.0.1:9 does not answer like an OpenAI server" in run.out
+    assert "Traceback" not in run.out
+
+
+def test_a_mistake_in_the_mix_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    with null_server() as host:
+        run = benchmark(host, tmp_path / "run", "--mix", "short=1")
+    assert run.code == 1
+    assert "length class 'short=1' is not" in run.out
+    assert "Traceback" not in run.out
+
+
+def test_long_context_sweeps_every_length_and_ends(tmp_path: Path) -> None:
+    with null_server("--ttft-ms", "20", "--itl-ms", "2") as host:
+        run = locust(
+            "long_context.py", host, tmp_path / "run", "--lengths", "256,2k", "--repeats", "3"
+        )
+    assert run.code == 0, run.out
+    assert sorted(record["prompt_tokens"] for record in run.records) == [256] * 3 + [2048] * 3
+    assert {record["found"] for record in run.records} == {False}  # the null server knows nothing
+    cost = run.out[run.out.index("needles") :].splitlines()
+    assert [line.split()[0] for line in cost[3:5]] == ["256", "2,048"]
+    assert [line.split()[-1] for line in cost[3:5]] == ["0/3", "0/3"]
+
+
+def test_spike_raises_the_rate_in_its_middle(tmp_path: Path) -> None:
+    shape = ("--shape", "spike", "--peak", "10", "--shape-seconds", "10", "--rate", "4")
+    with null_server() as host:
+        run = locust("benchmark.py,shapes.py", host, tmp_path / "run", *shape)
+    assert run.code == 0, run.out
+    sent = [record["scheduled"] for record in run.records]
+    before, during = sum(at < 4 for at in sent) / 4, sum(4.5 <= at < 6 for at in sent) / 1.5
+    assert during > 2 * before
