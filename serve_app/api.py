@@ -13,9 +13,9 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -24,9 +24,11 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.config import AppConfig
 from serve_app.errors import BodyTooLarge, EngineError, InvalidRequest, NotFound, RequestError
+from serve_app.guard import check_body
+from serve_app.keys import ApiKey, KeyRing
 from serve_app.lengths import Estimate, LengthEstimator
 from serve_app.metrics import GatewayMetrics
-from serve_app.request import Call
+from serve_app.request import Call, EngineInfo
 from serve_app.router import Answer, Router
 
 log = logging.getLogger(__name__)
@@ -35,18 +37,30 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only counted, never sent
 
 
-def create_app(config: AppConfig, router: Router, metrics: GatewayMetrics) -> FastAPI:
-    """The application of one gateway. ``router`` must be kept fresh by the caller."""
+def create_app(
+    config: AppConfig, router: Router, metrics: GatewayMetrics, keys: KeyRing | None = None
+) -> FastAPI:
+    """The application of one gateway; ``keys`` is None where anybody may ask.
+
+    The pools of ``router`` must be kept fresh by the caller.
+    """
     app = FastAPI(title="local-attention-serve", docs_url=None, redoc_url=None)
     lengths = LengthEstimator(default_output_tokens=config.gateway.default_output_tokens)
     started = int(time.time())
 
+    def admit(request: Request) -> ApiKey | None:
+        return keys.check(request.headers.get("authorization")) if keys else None
+
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
+        arrived = time.monotonic()
+        key = admit(request)
         raw = await _read_body(request, config.gateway.max_body_bytes)
-        body = _parse(raw)
+        body = check_body(raw, request.url.path, config.gateway.limits)
         estimate = lengths.estimate(body, len(raw))
+        if keys and key:
+            keys.charge(key, estimate.total_tokens, arrived)
         call = Call(
             id=_request_id(request),
             path=request.url.path,
@@ -54,11 +68,17 @@ def create_app(config: AppConfig, router: Router, metrics: GatewayMetrics) -> Fa
             fit_tokens=estimate.fit_tokens,
             total_tokens=estimate.total_tokens,
             output_tokens=estimate.output_tokens,
+            stream=body.get("stream") is True,
+            arrived=arrived,
+            priority=_priority(request),
+            deadline=_deadline(request, arrived),
+            prefix_key=body.get("prompt_cache_key") or request.headers.get("x-session-id"),
         )
-        return Relay(call, estimate, router, lengths, metrics)
+        return Relay(call, key.name if key else "-", estimate, router, lengths, metrics)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        admit(request)
         model = {
             "id": config.served_model_name,
             "object": "model",
@@ -74,22 +94,21 @@ def create_app(config: AppConfig, router: Router, metrics: GatewayMetrics) -> Fa
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        pools = {pool.name: len(pool.engines) for pool in router.pools}
+        pools = {pool.name: pool.alive for pool in router.pools}
         return JSONResponse(
             {"ready": router.ready, "pools": pools}, status_code=200 if router.ready else 503
         )
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        metrics.show_engines(
-            (engine, pool.outstanding(engine.replica))
-            for pool in router.pools
-            for engine in pool.engines
-        )
+        for pool in router.pools:
+            metrics.show_pool(pool.name, pool.queued, pool.queued_tokens)
+        metrics.show_engines(_engines(router))
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(RequestError)
     async def explain(_request: Request, error: RequestError) -> Response:
+        metrics.sheds.labels(error.code).inc()
         return _error_response(error)
 
     @app.exception_handler(HTTPException)
@@ -102,75 +121,107 @@ def create_app(config: AppConfig, router: Router, metrics: GatewayMetrics) -> Fa
     return app
 
 
+def _engines(router: Router) -> Iterator[tuple[EngineInfo, int]]:
+    """Every listed engine with the tokens that this gateway has under way on it."""
+    for pool in router.pools:
+        loads = pool.loads()
+        for engine in pool.engines:
+            load = loads[engine.replica]
+            yield engine, load.prefill + load.kv
+
+
 class Relay(Response):
     """Routes one call and passes the engine's bytes on to the client."""
 
     def __init__(
         self,
         call: Call,
+        key_name: str,
         estimate: Estimate,
         router: Router,
         lengths: LengthEstimator,
         metrics: GatewayMetrics,
     ) -> None:
         self._call = call
+        self._key_name = key_name
         self._estimate = estimate
         self._router = router
         self._lengths = lengths
         self._metrics = metrics
         self._pool = "none"
+        self._status = _CLIENT_CLOSED
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
-        status = await _until_disconnect(receive, self._serve(scope, receive, send, started))
-        if status is None:
-            status = _CLIENT_CLOSED
-            self._metrics.disconnects.inc()
-        took = time.perf_counter() - started
-        self._metrics.requests.labels(self._pool, str(status)).inc()
-        self._metrics.duration.labels(self._pool).observe(took)
-        log.info(
-            "request id=%s path=%s pool=%s status=%d seconds=%.3f tokens=%d",
-            self._call.id,
-            self._call.path,
-            self._pool,
-            status,
-            took,
-            self._estimate.total_tokens,
-        )
+        # A client that leaves shows in one of two ways, whichever comes first: Serve cancels this
+        # call, or the disconnect is received here.
+        try:
+            await _until_disconnect(receive, self._serve(scope, receive, send))
+        finally:
+            self._conclude()
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, started: float) -> int:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             answer = await self._router.route(self._call)
         except RequestError as error:
+            self._status = error.status
+            self._metrics.sheds.labels(error.code).inc()
             await _error_response(error)(scope, receive, send)
-            return error.status
+            return
         try:
-            self._learn(answer, time.perf_counter() - started)
-            return await self._pass_on(answer, send)
+            self._learn(answer)
+            await self._pass_on(answer, send)
+            self._status = answer.reply.status
         finally:
             answer.close()
 
-    def _learn(self, answer: Answer, first_token_s: float) -> None:
-        self._pool = answer.pool
-        self._metrics.time_to_first_token.labels(answer.pool).observe(first_token_s)
+    def _learn(self, answer: Answer) -> None:
+        self._pool = pool = answer.pool.name
+        self._metrics.time_to_first_token.labels(pool).observe(self._elapsed())
+        self._metrics.queue_wait.labels(pool).observe(answer.waited_s)
         self._metrics.misroutes.inc(answer.misroutes)
-        self._lengths.observe(self._estimate, answer.reply.prompt_tokens)
+        self._metrics.retries.inc(answer.retries)
+        if exact := answer.reply.prompt_tokens:
+            self._metrics.estimated_tokens.inc(self._estimate.prompt_tokens)
+            self._metrics.exact_tokens.inc(exact)
+            self._lengths.observe(self._estimate, exact)
 
-    async def _pass_on(self, answer: Answer, send: Send) -> int:
-        reply = answer.reply
+    async def _pass_on(self, answer: Answer, send: Send) -> None:
         headers = [
-            (b"content-type", reply.content_type.encode("latin-1")),
-            (b"x-pool", answer.pool.encode("latin-1")),
+            (b"content-type", answer.reply.content_type.encode("latin-1")),
+            (b"x-pool", self._pool.encode("latin-1")),
             (b"cache-control", b"no-cache"),
         ]
-        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        async with aclosing(_ending_in_words(reply.chunks(), self._call.id)) as chunks:
+        status = answer.reply.status
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        between = self._metrics.time_between_chunks.labels(self._pool)
+        last = time.monotonic()
+        async with aclosing(_ending_in_words(answer.chunks(), self._call.id)) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                now = time.monotonic()
+                between.observe(now - last)
+                last = now
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-        return reply.status
+
+    def _conclude(self) -> None:
+        if self._status == _CLIENT_CLOSED:
+            self._metrics.disconnects.inc()
+        self._metrics.requests.labels(self._pool, str(self._status)).inc()
+        self._metrics.duration.labels(self._pool).observe(self._elapsed())
+        log.info(
+            "request id=%s key=%s path=%s pool=%s status=%d seconds=%.3f tokens=%d",
+            self._call.id,
+            self._key_name,
+            self._call.path,
+            self._pool,
+            self._status,
+            self._elapsed(),
+            self._estimate.total_tokens,
+        )
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._call.arrived
 
 
 async def _ending_in_words(
@@ -185,15 +236,14 @@ async def _ending_in_words(
         yield b"\n\ndata: " + json.dumps(error.body()).encode() + b"\n\n"
 
 
-async def _until_disconnect(receive: Receive, work: Coroutine[Any, Any, int]) -> int | None:
-    """The result of ``work``, or None if the client leaves first, which cancels it."""
+async def _until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do ``work``, but cancel it as soon as the client leaves."""
     serving = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnect(receive))
     try:
         await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
-            return serving.result()
-        return None
+            serving.result()
     finally:
         leaving.cancel()
         serving.cancel()
@@ -216,14 +266,26 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("The body is not valid JSON.") from error
-    if not isinstance(body, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    return body
+def _priority(request: Request) -> Literal["interactive", "batch"]:
+    match request.headers.get("x-priority", "interactive"):
+        case "interactive":
+            return "interactive"
+        case "batch":
+            return "batch"
+    raise InvalidRequest("The header x-priority must be interactive or batch.", param="x-priority")
+
+
+def _deadline(request: Request, arrived: float) -> float | None:
+    """The moment after which the client no longer wants an answer to begin."""
+    given = request.headers.get("x-deadline-ms")
+    if given is None:
+        return None
+    if not re.fullmatch(r"\d{1,9}", given):
+        raise InvalidRequest(
+            "The header x-deadline-ms must be a whole number of milliseconds.",
+            param="x-deadline-ms",
+        )
+    return arrived + int(given) / 1000
 
 
 def _request_id(request: Request) -> str:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.errors import ConfigError
+from serve_app.guard import Limits
 from serve_app.pattern import LocalAttention
 
 # Set by the pool itself, so that one number has one home.
@@ -42,8 +43,19 @@ class GatewayConfig(_Strict):
     default_output_tokens: int = Field(
         default=256, ge=1, description="The output budget of a request that names none."
     )
+    overcommit: float = Field(
+        default=2.0, gt=0, description="Load sent to an engine, as a multiple of its room."
+    )
+    max_queued: int = Field(default=256, ge=1, description="Requests of one length that wait.")
+    max_wait_s: float = Field(default=2.0, gt=0, description="Before a waiting length is served.")
+    batch_max_wait_s: float = Field(default=30.0, gt=0, description="For x-priority: batch.")
     first_token_timeout_s: float = Field(default=300, gt=0)
+    inter_token_timeout_s: float = Field(default=60, gt=0)
     refresh_interval_s: float = Field(default=1.0, gt=0)
+    api_keys_file: str | None = Field(
+        default=None, description="Hashes of the keys that may ask; see serve_app/keys.py."
+    )
+    limits: Limits = Limits()
 
 
 class PoolConfig(_Strict):

@@ -8,6 +8,8 @@
 
 import asyncio
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,10 +21,12 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from serve_app.api import create_app
+from serve_app.batching import BatchingLimits
 from serve_app.config import AppConfig, PoolConfig, load_config
+from serve_app.keys import KEYS_VARIABLE, KeyRing
 from serve_app.metrics import GatewayMetrics
 from serve_app.request import EngineInfo
-from serve_app.router import Discover, Pool, Router, keep_fresh
+from serve_app.router import Discover, Pool, Router, Share, keep_fresh
 from serve_app.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -68,19 +72,27 @@ class GatewayDeployment:
     async def __init__(  # type: ignore[misc]
         self, config: AppConfig, **engines: DeploymentHandle
     ) -> None:
+        gateway = config.gateway
         self._config = config
-        self._upstream = Upstream(config.gateway.first_token_timeout_s)
-        pools = [Pool(name, pool.max_model_len) for name, pool in config.pools.items()]
+        self._upstream = Upstream(
+            config.served_model_name, gateway.first_token_timeout_s, gateway.inter_token_timeout_s
+        )
+        pools = [_pool(config, name) for name in config.pools]
         self._router = Router(pools, self._upstream.open)
         self._tasks = [
             asyncio.create_task(
-                keep_fresh(pool, _discovery(engines[pool.name]), config.gateway.refresh_interval_s)
+                keep_fresh(
+                    pool,
+                    _discovery(engines[pool.name]),
+                    self._upstream.probe,
+                    gateway.refresh_interval_s,
+                )
             )
             for pool in pools
         ]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._config, self._router, GatewayMetrics())
+        return create_app(self._config, self._router, GatewayMetrics(), _keys(self._config))
 
     async def check_health(self) -> None:
         for task in self._tasks:
@@ -92,6 +104,30 @@ class GatewayDeployment:
             task.cancel()
         if hasattr(self, "_upstream"):
             await self._upstream.close()
+
+
+def _keys(config: AppConfig) -> KeyRing | None:
+    """The API keys: of the configured file, or else of the environment, or None."""
+    gateway = config.gateway
+    if gateway.api_keys_file is not None:
+        text = Path(gateway.api_keys_file).read_text(encoding="utf-8")
+    else:
+        text = os.environ.get(KEYS_VARIABLE, "")
+    return KeyRing.parse(text, gateway.replicas) if text else None
+
+
+def _pool(config: AppConfig, name: str) -> Pool:
+    gateway = config.gateway
+    return Pool(
+        name,
+        config.pools[name].max_model_len,
+        share=Share(gateways=gateway.replicas, overcommit=gateway.overcommit),
+        limits=BatchingLimits(
+            max_queued=gateway.max_queued,
+            max_wait_s=gateway.max_wait_s,
+            batch_max_wait_s=gateway.batch_max_wait_s,
+        ),
+    )
 
 
 def _discovery(handle: DeploymentHandle) -> Discover:

@@ -30,7 +30,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app import request as wire
+from serve_app.capacity import cache_groups, held_blocks, kv_tokens
 from serve_app.errors import ConfigError
+from serve_app.local_attention.plan import plan_in_force
+from serve_app.pattern import FULL, LayerRule
 from serve_app.request import EngineInfo, EngineLoad
 
 ROUTES = frozenset(
@@ -252,7 +255,17 @@ class Engine:
         token = secrets.token_urlsafe(24)
         door = Door(app, token)
         port = Port(door, host)
-        info = EngineInfo(replica=replica, pool=pool, url=port.url, token=token)
+        plan = plan_in_force(config)
+        rules = plan.rules if plan else (FULL,)
+        info = EngineInfo(
+            replica=replica,
+            pool=pool,
+            url=port.url,
+            token=token,
+            rules=rules,
+            prefill_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_tokens=_kv_room(config, rules),
+        )
         return cls(llm, load, door, port, info)
 
     def describe(self) -> EngineInfo:
@@ -271,3 +284,10 @@ class Engine:
             await asyncio.wait_for(self._door.drained.wait(), grace_s)
         await self._port.close()
         self._llm.shutdown()
+
+
+def _kv_room(config: Any, rules: tuple[LayerRule, ...]) -> int:
+    """Tokens of KV cache that sequences of the longest length can fill, averaged over layers."""
+    length, cache = config.model_config.max_model_len, config.cache_config
+    blocks = sum(held_blocks(group.rule, length, cache.block_size) for group in cache_groups(rules))
+    return round(cache.num_gpu_blocks / blocks * kv_tokens(rules, length))

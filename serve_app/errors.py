@@ -12,8 +12,10 @@
         ├── NotFound              404  unknown route or model
         ├── BodyTooLarge          413
         ├── Overloaded            429  a queue is full; carries ``retry_after``
-        ├── EngineError           502  an engine died before its first token
-        └── Unavailable           503  no engine is alive; carries ``retry_after``
+        ├── EngineError           502  an engine died
+        │   └── EngineSilent        502  an engine is alive but sends nothing
+        ├── Unavailable           503  no engine is alive; carries ``retry_after``
+        └── DeadlineExceeded      504  the client's own deadline passed
 
 Each takes one message, so that it survives pickling between Ray processes; status and code are
 class attributes for the same reason.
@@ -103,6 +105,16 @@ class EngineError(RequestError):
     code = "engine_failed"
 
 
+class EngineSilent(EngineError):
+    code = "engine_silent"
+
+
 class Unavailable(RequestError):
     status = 503
     code = "no_engine"
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    kind = "timeout_error"
+    code = "deadline_exceeded"

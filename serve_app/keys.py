@@ -28,6 +28,8 @@ from typing import Self
 
 from serve_app.errors import ConfigError, Overloaded, Unauthorized
 
+KEYS_VARIABLE = "LOCAL_ATTENTION_API_KEYS"  # the same lines, where no file is named
+
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _BURST_S = 60.0  # an idle key saves up the tokens of one minute

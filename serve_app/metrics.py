@@ -12,47 +12,56 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class GatewayMetrics:
-    """The metrics of one gateway. Times are seconds; labels carry names, never prompt text."""
+    """The metrics of one gateway. Times are seconds; labels carry names, never prompt text.
+
+    Names that begin with ``gen_ai_server`` follow OpenTelemetry's conventions. The table of all
+    of them is in ``docs/operation.md``.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "gateway_requests", "Requests answered.", ["pool", "status"], registry=self.registry
+        self.time_to_first_token = self._histogram(
+            "gen_ai_server_time_to_first_token_seconds", "From arrival to the first bytes."
         )
-        self.time_to_first_token = Histogram(
-            "gateway_time_to_first_token_seconds",
-            "From a parsed request to the first bytes of its answer.",
-            ["pool"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.time_between_chunks = self._histogram(
+            "gen_ai_server_time_per_output_chunk_seconds", "Between two chunks of a stream."
         )
-        self.duration = Histogram(
-            "gateway_request_duration_seconds",
-            "From a parsed request to the end of its answer.",
-            ["pool"],
-            buckets=_SECONDS,
-            registry=self.registry,
+        self.duration = self._histogram(
+            "gen_ai_server_request_duration_seconds", "From arrival to the end of the answer."
         )
-        self.misroutes = Counter(
-            "gateway_misroutes", "Pools that found a request too long.", registry=self.registry
+        self.queue_wait = self._histogram(
+            "gateway_queue_wait_seconds", "From arrival until an engine had room."
         )
-        self.disconnects = Counter(
-            "gateway_disconnects", "Clients that left before the end.", registry=self.registry
+        self.requests = self._counter("requests", "Requests answered.", "pool", "status")
+        self.sheds = self._counter("sheds", "Requests refused, by error code.", "reason")
+        self.misroutes = self._counter("misroutes", "Pools that found a request too long.")
+        self.retries = self._counter("retries", "Engines that failed before the first token.")
+        self.disconnects = self._counter("disconnects", "Clients that left before the end.")
+        self.estimated_tokens = self._counter("estimated_prompt_tokens", "As estimated.")
+        self.exact_tokens = self._counter("exact_prompt_tokens", "Of the same, as counted.")
+        self._pool_gauges = self._gauges(
+            ("queued_requests", "Requests that wait at this gateway."),
+            ("queued_tokens", "Cost of the requests that wait at this gateway."),
+            labels=("pool",),
+            prefix="gateway",
         )
-        self._engine_gauges = {
-            name: Gauge(f"engine_{name}", text, ["pool", "replica"], registry=self.registry)
-            for name, text in (
-                ("running_requests", "Requests in the engine's batch."),
-                ("waiting_requests", "Requests the engine holds back."),
-                ("kv_cache_usage_ratio", "Share of KV blocks in use."),
-                ("preemptions", "Requests preempted since the engine started."),
-                ("outstanding_tokens", "Tokens that this gateway has under way."),
-            )
-        }
+        self._engine_gauges = self._gauges(
+            ("running_requests", "Requests in the engine's batch."),
+            ("waiting_requests", "Requests the engine holds back."),
+            ("kv_cache_usage_ratio", "Share of KV blocks in use."),
+            ("preemptions", "Requests preempted since the engine started."),
+            ("outstanding_tokens", "Cost of what this gateway has under way there."),
+            labels=("pool", "replica"),
+            prefix="engine",
+        )
+
+    def show_pool(self, name: str, queued: int, queued_tokens: int) -> None:
+        for gauge, value in zip(self._pool_gauges, (queued, queued_tokens), strict=True):
+            gauge.labels(name).set(value)
 
     def show_engines(self, engines: Iterable[tuple[EngineInfo, int]]) -> None:
-        """Replace what is shown of engines; each comes with its outstanding tokens."""
-        for gauge in self._engine_gauges.values():
+        """Replace what is shown of engines; each comes with its outstanding cost in tokens."""
+        for gauge in self._engine_gauges:
             gauge.clear()
         for engine, outstanding in engines:
             values = (
@@ -62,9 +71,22 @@ class GatewayMetrics:
                 engine.load.preemptions,
                 outstanding,
             )
-            for gauge, value in zip(self._engine_gauges.values(), values, strict=True):
+            for gauge, value in zip(self._engine_gauges, values, strict=True):
                 gauge.labels(engine.pool, engine.replica).set(value)
 
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""
         return generate_latest(self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ["pool"], buckets=_SECONDS, registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"gateway_{name}", text, labels, registry=self.registry)
+
+    def _gauges(
+        self, *named: tuple[str, str], labels: tuple[str, ...], prefix: str
+    ) -> tuple[Gauge, ...]:
+        return tuple(
+            Gauge(f"{prefix}_{name}", text, labels, registry=self.registry) for name, text in named
+        )

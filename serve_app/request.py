@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from serve_app.pattern import FULL, LayerRule
 
 # Headers between a gateway and an engine's port; none of them reaches a client.
 TOKEN_HEADER = "x-engine-token"  # proves that the caller is a gateway
@@ -23,12 +26,15 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """One live engine replica, as it describes itself to the gateways."""
+    """One live engine replica, as it describes itself to the gateways. Lengths are tokens."""
 
     replica: str
     pool: str
     url: str  # scheme, host and port, without a path
     token: str  # what the replica's port asks for; made by the replica, never stored
+    rules: tuple[LayerRule, ...] = (FULL,)  # the attention plan, a rule for each layer
+    prefill_tokens: int = 8192  # computed in one step at most
+    kv_tokens: int = 2**20  # KV cache in the plan's tokens, averaged over layers
     load: EngineLoad = EngineLoad()
 
 
@@ -39,7 +45,7 @@ class Call:
     ``fit_tokens`` is what the request is expected to need of an engine's context, padded for the
     uncertainty of the estimate; ``total_tokens`` is the unpadded load that it puts on an engine.
     ``output_tokens`` is the budget that the engine adds to its exact count. ``body`` goes to the
-    engine unchanged.
+    engine unchanged. ``arrived`` and ``deadline`` are times of the gateway's monotonic clock.
     """
 
     id: str
@@ -48,3 +54,8 @@ class Call:
     fit_tokens: int
     total_tokens: int
     output_tokens: int
+    stream: bool = False
+    arrived: float = 0.0
+    priority: Literal["interactive", "batch"] = "interactive"
+    deadline: float | None = None
+    prefix_key: str | None = None  # requests with the same key share the start of their prompts

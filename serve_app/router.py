@@ -1,20 +1,38 @@
-"""Which pool, which replica, and what to do when that goes wrong.
+"""Which pool, which replica, when, and what to do when that goes wrong.
 
-A request goes to the smallest pool that holds it by estimate, and there to the replica with the
-fewest outstanding tokens. The engine counts exactly: when it finds the request too long, the next
-larger pool is asked, before any token was produced. A replica that dies before the first token
-is replaced by another one, a bounded number of times.
+A request goes to the smallest pool that holds it by estimate. There it waits, for milliseconds
+while there is room, in the lane of its length (``batching``), and leaves for the replica with the
+fewest outstanding tokens (``balance``). The engine counts exactly: when it finds the request too
+long, the next larger pool is asked, before any token was produced. A replica that dies or stays
+silent before the first token is replaced by another one, a bounded number of times.
+
+This module is the asyncio shell: it holds futures, timers and the clock, and decides nothing that
+the pure modules could decide.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from serve_app.errors import EngineError, PromptTooLong, Unavailable
+from serve_app.balance import Balancer, Budget, Cost, Lease, Load, State
+from serve_app.batching import Batcher, BatchingLimits, Waiting
+from serve_app.capacity import kv_tokens
+from serve_app.errors import (
+    DeadlineExceeded,
+    EngineError,
+    EngineSilent,
+    PromptTooLong,
+    RequestError,
+    Unavailable,
+)
+from serve_app.pattern import FULL, LayerRule
 from serve_app.request import Call, EngineInfo
 
 log = logging.getLogger(__name__)
@@ -32,75 +50,238 @@ class Reply(Protocol):
     refused: bool
     too_long: str | None
 
-    def chunks(self) -> AsyncIterator[bytes]: ...
+    def chunks(self) -> AsyncGenerator[bytes, None]: ...
 
     def close(self) -> None: ...
 
 
 Open = Callable[[EngineInfo, Call], Awaitable[Reply]]
+Probe = Callable[[EngineInfo], Awaitable[bool]]
 Discover = Callable[[], Awaitable[Sequence[EngineInfo]]]
 
 
-class Pool:
-    """The live replicas of one pool and the tokens outstanding on each."""
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one gateway may have under way: ``overcommit`` x the engines' room / ``gateways``.
 
-    def __init__(self, name: str, limit: int) -> None:
+    More than fits is sent because most answers end before their output budget.
+    """
+
+    gateways: int = 1
+    overcommit: float = 2.0
+
+    def of(self, engine: EngineInfo) -> Budget:
+        whole = Budget(
+            prefill=round(engine.prefill_tokens * self.overcommit),
+            kv=round(engine.kv_tokens * self.overcommit),
+        )
+        return whole.share(self.gateways)
+
+
+_WHOLE = Share()
+_LIMITS = BatchingLimits()
+
+
+class Pool:
+    """One pool as one gateway sees it: its replicas, and the requests that wait for them."""
+
+    def __init__(
+        self,
+        name: str,
+        limit: int,
+        *,
+        share: Share = _WHOLE,
+        limits: BatchingLimits = _LIMITS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.name = name
         self.limit = limit  # prompt plus output budget, in tokens
+        self._share = share
+        self._clock = clock
+        self._balancer = Balancer()
+        self._batcher = Batcher(self._balancer, limits)
         self._engines: dict[str, EngineInfo] = {}
-        self._outstanding: dict[str, int] = {}
+        self._waiting: dict[str, asyncio.Future[Lease]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._numbers = itertools.count()  # clients may send the same request id twice
 
     @property
     def engines(self) -> tuple[EngineInfo, ...]:
+        """Those that discovery lists, whether or not they answer."""
         return tuple(self._engines.values())
 
-    def outstanding(self, replica: str) -> int:
-        """Tokens of the requests that this gateway has under way on ``replica``."""
-        return self._outstanding.get(replica, 0)
+    @property
+    def alive(self) -> int:
+        """How many replicas take requests."""
+        return self._balancer.alive
+
+    @property
+    def queued(self) -> int:
+        return len(self._batcher)
+
+    @property
+    def queued_tokens(self) -> int:
+        return self._batcher.queued_tokens
+
+    def loads(self) -> dict[str, Load]:
+        """What this gateway has under way on each replica."""
+        return self._balancer.loads()
 
     def update(self, engines: Iterable[EngineInfo]) -> None:
-        """Replace what is known of the live replicas."""
+        """Take over what discovery found."""
         self._engines = {engine.replica: engine for engine in engines}
+        self._balancer.update(
+            {engine.replica: self._share.of(engine) for engine in self._engines.values()}
+        )
+        self._step()
 
-    def forget(self, replica: str) -> None:
-        """Stop choosing a replica that failed; it returns with the next update, if alive."""
-        self._engines.pop(replica, None)
+    def engine(self, lease: Lease) -> EngineInfo | None:
+        return self._engines.get(lease.replica)
 
-    def choose(self, tried: Iterable[str] = ()) -> EngineInfo | None:
-        """The replica with the fewest outstanding tokens, among those not tried yet."""
-        left = [engine for engine in self.engines if engine.replica not in set(tried)]
-        return min(left, key=lambda engine: self.outstanding(engine.replica), default=None)
+    def has_other_than(self, tried: frozenset[str]) -> bool:
+        """Whether a replica takes requests that is not in ``tried``."""
+        loads = self._balancer.loads().items()
+        return any(load.state is State.LIVE and name not in tried for name, load in loads)
 
-    def take(self, replica: str, tokens: int) -> Callable[[], None]:
-        """Count ``tokens`` against ``replica``; call the result, once or more, to release them."""
-        self._outstanding[replica] = self.outstanding(replica) + tokens
-        held = True
+    async def lease(self, call: Call, avoid: frozenset[str] = frozenset()) -> Lease:
+        """Wait for room on a replica that is not in ``avoid``.
 
-        def release() -> None:
-            nonlocal held
-            if not held:
-                return
-            held = False
-            self._outstanding[replica] -= tokens
-            if self._outstanding[replica] == 0:
-                del self._outstanding[replica]
+        Raises ``Overloaded`` when the lane is full, ``DeadlineExceeded`` when the call's deadline
+        comes first and ``Unavailable`` when no replica is alive. A cancel leaves nothing behind.
+        """
+        if not self.alive:
+            raise self._dead()
+        waiting = self._as_waiting(call, avoid)
+        if avoid:  # it had its turn already
+            self._batcher.requeue(waiting)
+        else:
+            self._batcher.add(waiting)
+        future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        self._waiting[waiting.id] = future
+        self._step()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            # The lease may have come in the same turn of the loop as the cancel.
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self.finish(future.result())
+            raise
+        finally:
+            self._waiting.pop(waiting.id, None)
+            self._batcher.cancel(waiting.id)
 
-        return release
+    def prefilled(self, lease: Lease) -> None:
+        """The first token came."""
+        self._balancer.prefilled(lease)
+        self._step()
+
+    def finish(self, lease: Lease) -> None:
+        """The request ended, however; more than once is harmless."""
+        self._batcher.finish(lease, self._clock())
+        self._step()
+
+    def fail(self, lease: Lease, error: EngineError) -> None:
+        """Stop choosing the lease's replica until a probe of it is answered."""
+        state = State.SILENT if isinstance(error, EngineSilent) else State.DEAD
+        log.warning("engine %s of pool %s: %s (%s)", lease.replica, self.name, error, state)
+        self._balancer.eject(lease.replica, state, self._clock())
+        self._batcher.finish(lease, self._clock())
+        self._step()
+
+    async def probe(self, ask: Probe) -> None:
+        """Ask each ejected replica whose time has come, and readmit those that answer."""
+        due = [name for name in self._balancer.probes_due(self._clock()) if name in self._engines]
+        answers = await asyncio.gather(*(ask(self._engines[name]) for name in due))
+        for name, answered in zip(due, answers, strict=True):
+            if answered:
+                log.info("engine %s of pool %s answers again", name, self.name)
+                self._balancer.readmit(name)
+        self._step()
+
+    def _as_waiting(self, call: Call, avoid: frozenset[str]) -> Waiting:
+        kv = kv_tokens(self._rules(), call.total_tokens)
+        return Waiting(
+            id=str(next(self._numbers)),
+            tokens=call.total_tokens,
+            cost=Cost(prefill=call.total_tokens - call.output_tokens, kv=round(kv)),
+            arrived=call.arrived,
+            priority=call.priority,
+            deadline=call.deadline,
+            key=call.prefix_key,
+            avoid=avoid,
+        )
+
+    def _rules(self) -> tuple[LayerRule, ...]:
+        """The attention plan of the pool's engines; full attention while none is known."""
+        return next((engine.rules for engine in self._engines.values()), (FULL,))
+
+    def _dead(self) -> Unavailable:
+        return Unavailable(
+            f"No engine of pool {self.name} is alive; try again shortly.",
+            retry_after=RETRY_AFTER_S,
+        )
+
+    def _step(self) -> None:
+        """Let the batcher decide, wake those it released, and set the clock for its next turn."""
+        now = self._clock()
+        in_vain = True
+        while in_vain:
+            in_vain = False
+            step = self._batcher.step(now)
+            for waiting, lease in step.released:
+                future = self._waiting[waiting.id]
+                if future.done():  # its client left, and its task has not run since
+                    in_vain = self._batcher.finish(lease, now)
+                else:
+                    future.set_result(lease)
+            for waiting in step.expired:
+                self._fail_waiting(
+                    waiting.id,
+                    DeadlineExceeded("The deadline passed before an engine had room."),
+                )
+        if not self.alive:
+            for name in self._waiting:
+                self._fail_waiting(name, self._dead())
+        self._set_timer(now)
+
+    def _fail_waiting(self, name: str, error: RequestError) -> None:
+        if not self._waiting[name].done():
+            self._waiting[name].set_exception(error)
+
+    def _set_timer(self, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if (at := self._batcher.next_deadline(now)) is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.001, at - now), self._step)
 
 
 @dataclass(slots=True)
 class Answer:
     """An engine's answer on its way to the client. Close it, whatever becomes of the client."""
 
-    pool: str
+    pool: Pool
     engine: EngineInfo
     reply: Reply
-    release: Callable[[], None]
-    misroutes: int = 0
+    lease: Lease
+    waited_s: float
+    misroutes: int = field(default=0, kw_only=True)
+    retries: int = field(default=0, kw_only=True)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The bytes in order. Raises ``EngineError`` when the engine fails half way."""
+        try:
+            async with contextlib.aclosing(self.reply.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except EngineError as error:
+            self.pool.fail(self.lease, error)
+            raise
 
     def close(self) -> None:
         self.reply.close()
-        self.release()
+        self.pool.finish(self.lease)
 
 
 class Router:
@@ -113,7 +294,7 @@ class Router:
     @property
     def ready(self) -> bool:
         """Whether every pool has a live replica."""
-        return all(pool.engines for pool in self.pools)
+        return all(pool.alive for pool in self.pools)
 
     @property
     def limit(self) -> int:
@@ -123,8 +304,8 @@ class Router:
     async def route(self, call: Call) -> Answer:
         """Open ``call`` on an engine and return once its first bytes are here.
 
-        Raises ``PromptTooLong`` when no pool holds it, ``Unavailable`` when no engine is alive
-        and ``EngineError`` when each engine asked has failed.
+        Raises ``PromptTooLong`` when no pool holds it, ``EngineError`` when each engine asked has
+        failed, and whatever :meth:`Pool.lease` raises.
         """
         fitting = [pool for pool in self.pools if call.fit_tokens <= pool.limit]
         for misroutes, pool in enumerate(fitting or self.pools[-1:]):
@@ -134,6 +315,8 @@ class Router:
                 return answer
             answer.close()
             sentence = answer.reply.too_long
+            if exact := answer.reply.prompt_tokens:
+                call = replace(call, total_tokens=exact + call.output_tokens)
         raise PromptTooLong(
             f"No pool holds this request: the longest takes {self.limit} tokens, prompt and "
             f"output budget ({call.output_tokens}) together. {sentence}",
@@ -142,35 +325,44 @@ class Router:
 
     async def _ask(self, pool: Pool, call: Call) -> Answer:
         """The answer of one of the pool's engines, whatever it says."""
-        tried: list[str] = []
-        while (engine := pool.choose(tried)) and len(tried) < ATTEMPTS:
-            tried.append(engine.replica)
-            release = pool.take(engine.replica, call.total_tokens)
-            try:
-                reply = await self._open(engine, call)
-            except EngineError as error:
-                log.warning("request %s: %s", call.id, error)
-                release()
-                pool.forget(engine.replica)
-                continue
-            except BaseException:
-                release()
-                raise
-            if not reply.refused:
-                return Answer(pool.name, engine, reply, release)
+        tried: frozenset[str] = frozenset()
+        began = time.monotonic()
+        while len(tried) < ATTEMPTS and (not tried or pool.has_other_than(tried)):
+            lease = await pool.lease(call, tried)
+            waited = time.monotonic() - began
+            tried |= {lease.replica}
+            reply = await self._try(pool, lease, call)
+            if reply is not None:
+                pool.prefilled(lease)
+                engine = pool.engine(lease)
+                assert engine is not None
+                return Answer(pool, engine, reply, lease, waited, retries=len(tried) - 1)
+        raise EngineError(f"{len(tried)} engines of pool {pool.name} failed to answer.")
+
+    async def _try(self, pool: Pool, lease: Lease, call: Call) -> Reply | None:
+        """The reply of the lease's engine, or None if it failed and another may be asked."""
+        engine = pool.engine(lease)
+        if engine is None:  # it left between the lease and now
+            pool.finish(lease)
+            return None
+        try:
+            reply = await self._open(engine, call)
+        except EngineError as error:
+            pool.fail(lease, error)
+            return None
+        except BaseException:
+            pool.finish(lease)
+            raise
+        if reply.refused:
             reply.close()
-            release()
-            pool.forget(engine.replica)
-        if tried:
-            raise EngineError(f"{len(tried)} engines of pool {pool.name} failed to answer.")
-        raise Unavailable(
-            f"No engine of pool {pool.name} is alive; try again shortly.",
-            retry_after=RETRY_AFTER_S,
-        )
+            pool.fail(lease, EngineSilent("it refuses new requests"))
+            return None
+        return reply
 
 
-async def keep_fresh(pool: Pool, discover: Discover, interval_s: float) -> None:
+async def keep_fresh(pool: Pool, discover: Discover, probe: Probe, interval_s: float) -> None:
     """Ask for the pool's live replicas every ``interval_s`` seconds, until cancelled."""
     while True:
         pool.update(await discover())
+        await pool.probe(probe)
         await asyncio.sleep(interval_s)

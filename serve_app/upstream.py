@@ -6,12 +6,13 @@ the connection, and vLLM frees the KV cache when it sees that.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import aiohttp
 
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, EngineSilent
 from serve_app.request import (
     BUDGET_HEADER,
     PROMPT_TOKENS_HEADER,
@@ -21,6 +22,7 @@ from serve_app.request import (
     EngineInfo,
 )
 
+_CONNECT_TIMEOUT_S = 5.0
 _TOO_LONG = frozenset({"input_tokens", "input_text"})  # vLLM's names for "exceeds the context"
 
 
@@ -35,8 +37,11 @@ class Reply:
     event in a stream that began with 200. It is turned back into an answer with its own status.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse, first: bytes) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, first: bytes, inter_token_timeout_s: float
+    ) -> None:
         self._response = response
+        self._inter_token_timeout_s = inter_token_timeout_s
         self.status = response.status
         self.content_type = response.headers.get("content-type", "application/json")
         self.prompt_tokens = int(response.headers.get(PROMPT_TOKENS_HEADER, 0))
@@ -48,18 +53,22 @@ class Reply:
         self.first = first
         self.too_long = _too_long(self.status, first)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The bytes of the answer in order, the first ones included.
 
-        Raises ``EngineError`` when the engine dies half way.
+        Raises ``EngineError`` when the engine dies half way, ``EngineSilent`` when nothing comes
+        for as long as an engine may take between two tokens.
         """
         yield self.first
-        if self._response.closed:
-            return
+        content = self._response.content
         try:
-            async for chunk in self._response.content.iter_any():
+            while not self._response.closed and not content.at_eof():
+                async with asyncio.timeout(self._inter_token_timeout_s):
+                    chunk = await content.readany()
                 yield chunk
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except TimeoutError as error:
+            raise EngineSilent("The engine fell silent while it was answering.") from error
+        except aiohttp.ClientError as error:
             raise EngineError("The engine died while it was answering.") from error
 
     def close(self) -> None:
@@ -89,13 +98,23 @@ def _too_long(status: int, body: bytes) -> str | None:
 class Upstream:
     """The connections of one gateway to every engine."""
 
-    def __init__(self, first_token_timeout_s: float) -> None:
+    def __init__(self, model: str, first_token_timeout_s: float, inter_token_timeout_s: float):
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
             auto_decompress=False,
         )
         self._first_token_timeout_s = first_token_timeout_s
+        self._inter_token_timeout_s = inter_token_timeout_s
+        probe = {"model": model, "prompt": [1], "max_tokens": 1}
+        self._probe = Call(
+            id="probe",
+            path="/v1/completions",
+            body=json.dumps(probe).encode(),
+            fit_tokens=2,
+            total_tokens=2,
+            output_tokens=1,
+        )
 
     async def close(self) -> None:
         await self._session.close()
@@ -104,30 +123,44 @@ class Upstream:
         """Send ``call`` to ``engine`` and wait for the first bytes of its answer.
 
         A streamed answer returns at its first token, any other when it is whole. Raises
-        ``EngineError`` when the engine cannot be reached, dies or stays silent.
+        ``EngineError`` when the engine cannot be reached or dies, ``EngineSilent`` when it takes
+        longer than a first token may, and each further token of an answer that is not streamed.
         """
+        response = None
+        limit = self._first_token_timeout_s
+        if not call.stream:
+            limit += call.output_tokens * self._inter_token_timeout_s
+        try:
+            async with asyncio.timeout(limit) as patience:
+                response = await self._post(engine, call)
+                if response.content_type == "text/event-stream":
+                    first = await response.content.readany()
+                else:
+                    first = await response.read()
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            if isinstance(error, TimeoutError) and patience.expired():
+                raise EngineSilent("It sent no first token in time.") from error
+            if isinstance(error, aiohttp.ClientError | TimeoutError):
+                raise EngineError(f"It did not answer: {error!r}.") from error
+            raise
+        return Reply(response, first, self._inter_token_timeout_s)
+
+    async def probe(self, engine: EngineInfo) -> bool:
+        """Whether the engine makes one token in time."""
+        try:
+            reply = await self.open(engine, self._probe)
+        except EngineError:
+            return False
+        reply.close()
+        return reply.status == 200
+
+    async def _post(self, engine: EngineInfo, call: Call) -> aiohttp.ClientResponse:
         headers = {
             "content-type": "application/json",
             "x-request-id": call.id,
             TOKEN_HEADER: engine.token,
             BUDGET_HEADER: str(call.output_tokens),
         }
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=5, sock_read=self._first_token_timeout_s
-        )
-        response = None
-        try:
-            response = await self._session.post(
-                engine.url + call.path, data=call.body, headers=headers, timeout=timeout
-            )
-            streamed = response.content_type == "text/event-stream"
-            first = await (response.content.readany() if streamed else response.read())
-        except (aiohttp.ClientError, TimeoutError) as error:
-            if response is not None:
-                response.close()
-            raise EngineError(f"The engine {engine.replica} did not answer: {error}.") from error
-        except BaseException:
-            if response is not None:
-                response.close()
-            raise
-        return Reply(response, first)
+        return await self._session.post(engine.url + call.path, data=call.body, headers=headers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import httpx
@@ -13,6 +13,7 @@ import pytest
 from serve_app.api import create_app
 from serve_app.config import AppConfig
 from serve_app.errors import EngineError
+from serve_app.keys import KeyRing, hash_key
 from serve_app.metrics import GatewayMetrics
 from serve_app.request import Call, EngineInfo
 from serve_app.router import Pool, Router
@@ -42,9 +43,11 @@ class FakeReply:
         self.parts = parts
         self.dies = dies
         self.hangs = hangs
+        self.opened = asyncio.Event()
         self.closed = asyncio.Event()
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        self.opened.set()
         for part in self.parts:
             yield part
         if self.dies:
@@ -59,7 +62,7 @@ class FakeReply:
 class Gateway:
     """An application with one pool of one engine, which answers with ``reply``."""
 
-    def __init__(self, reply: FakeReply | None) -> None:
+    def __init__(self, reply: FakeReply | None, keys: KeyRing | None = None) -> None:
         self.pool = Pool("short", 1024)
         self.calls: list[Call] = []
         if reply is not None:
@@ -71,7 +74,7 @@ class Gateway:
             return reply
 
         self.metrics = GatewayMetrics()
-        self.app = create_app(CONFIG, Router([self.pool], open_call), self.metrics)
+        self.app = create_app(CONFIG, Router([self.pool], open_call), self.metrics, keys)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app), base_url="http://gateway"
         )
@@ -194,5 +197,70 @@ async def test_a_client_that_leaves_closes_the_engines_answer(parts: tuple[bytes
     await serving
     if gateway.calls:  # it may leave before an engine was asked
         assert reply.closed.is_set()
-    assert gateway.pool.outstanding("e1") == 0
+    assert gateway.pool.loads()["e1"].requests == 0
     assert gateway.count("gateway_disconnects_total") == 1
+
+
+@pytest.mark.parametrize("parts", [(b"data: 1\n\n",), ()])
+async def test_a_call_that_serve_cancels_counts_as_a_client_that_left(
+    parts: tuple[bytes, ...],
+) -> None:
+    reply = FakeReply(*parts, hangs=True)
+    gateway = Gateway(reply)
+    client = Client(json.dumps(ASK).encode())
+    serving = asyncio.create_task(gateway.app(client.scope, client.receive, client.send))  # type: ignore[arg-type]
+    await (client.got_bytes.wait() if parts else reply.opened.wait())
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    assert reply.closed.is_set()
+    assert gateway.pool.loads()["e1"].requests == 0
+    assert gateway.count("gateway_disconnects_total") == 1
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status"),
+    [
+        ("Bearer right", 200),
+        ("bearer right", 200),
+        ("Bearer wrong", 401),
+        ("right", 401),
+        ("", 401),
+    ],
+)
+async def test_keys_guard_completions_and_models(authorization: str, status: int) -> None:
+    gateway = Gateway(FakeReply(b"{}"), KeyRing.parse(f"alice {hash_key('right')}"))
+    headers = {"authorization": authorization}
+    for answer in (
+        await gateway.http.post("/v1/completions", json=ASK, headers=headers),
+        await gateway.http.get("/v1/models", headers=headers),
+    ):
+        assert answer.status_code == status
+    assert (await gateway.http.get("/health")).status_code == 200
+
+
+async def test_a_key_that_used_up_its_rate_is_told_when_to_return() -> None:
+    ring = KeyRing.parse(f"alice {hash_key('k')} 0.1")  # six tokens of reserve
+    gateway = Gateway(FakeReply(b"{}"), ring)
+    headers = {"authorization": "Bearer k"}
+    assert (await gateway.http.post("/v1/completions", json=ASK, headers=headers)).is_success
+    refused = await gateway.http.post("/v1/completions", json=ASK, headers=headers)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize(
+    "headers", [{"x-priority": "urgent"}, {"x-deadline-ms": "soon"}, {"x-deadline-ms": "-1"}]
+)
+async def test_a_header_that_says_nothing_known_is_refused_by_name(headers: dict[str, str]) -> None:
+    answer = await Gateway(FakeReply()).http.post("/v1/completions", json=ASK, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] in headers
+
+
+async def test_priority_deadline_and_prefix_reach_the_router() -> None:
+    gateway = Gateway(FakeReply(b"{}"))
+    headers = {"x-priority": "batch", "x-deadline-ms": "5000", "x-session-id": "s"}
+    await gateway.http.post("/v1/completions", json=ASK, headers=headers)
+    (call,) = gateway.calls
+    assert (call.priority, call.prefix_key) == ("batch", "s")
+    assert call.deadline == pytest.approx(call.arrived + 5)

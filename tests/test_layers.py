@@ -19,13 +19,14 @@ LAYERS: list[set[str]] = [
     {"deployments", "advice", "preflight", "cli"},
 ]
 WITHIN_LAYER = {
-    "config": {"errors", "pattern"},
-    "request": {"errors"},
+    "config": {"errors", "pattern", "guard"},
+    "request": {"errors", "pattern"},
     "metrics": {"request"},
     "guard": {"errors"},
     "keys": {"errors"},
     "batching": {"balance"},
     "cli": {"advice", "preflight"},
+    "engine": {"local_attention"},  # to say which plan is in force
 }
 ASIDE = {
     "local_attention": {"config", "errors", "pattern"},

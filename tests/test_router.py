@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
-from serve_app.errors import EngineError, PromptTooLong, Unavailable
+from serve_app.batching import BatchingLimits
+from serve_app.errors import (
+    DeadlineExceeded,
+    EngineError,
+    Overloaded,
+    PromptTooLong,
+    Unavailable,
+)
 from serve_app.request import Call, EngineInfo
-from serve_app.router import Pool, Router, keep_fresh
+from serve_app.router import Pool, Router, Share, keep_fresh
 
 
 class FakeReply:
@@ -17,15 +25,20 @@ class FakeReply:
 
     content_type = "application/json"
 
-    def __init__(self, *, refused: bool = False, too_long: str | None = None) -> None:
+    def __init__(
+        self, *, refused: bool = False, too_long: str | None = None, dies: bool = False
+    ) -> None:
+        self.dies = dies
         self.status = 400 if too_long else 200
         self.prompt_tokens = 10
         self.refused = refused
         self.too_long = too_long
         self.closed = False
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         yield b"{}"
+        if self.dies:
+            raise EngineError("dead")
 
     def close(self) -> None:
         self.closed = True
@@ -49,11 +62,20 @@ def call(tokens: int = 100, fit: int | None = None) -> Call:
     )
 
 
+def under_way(pool: Pool) -> dict[str, int]:
+    """Requests on each replica."""
+    return {name: load.requests for name, load in pool.loads().items()}
+
+
 def two_pools() -> tuple[Pool, Pool]:
     short, long = Pool("short", 1000), Pool("long", 8000)
     short.update([engine("s1"), engine("s2")])
     long.update([engine("l1", "long")])
     return short, long
+
+
+async def answers_probe(_engine: EngineInfo) -> bool:
+    return True
 
 
 async def answers(_engine: EngineInfo, _call: Call) -> FakeReply:
@@ -63,12 +85,12 @@ async def answers(_engine: EngineInfo, _call: Call) -> FakeReply:
 @pytest.mark.parametrize(("fit", "pool"), [(1, "short"), (1000, "short"), (1001, "long")])
 async def test_the_smallest_pool_that_holds_a_request_gets_it(fit: int, pool: str) -> None:
     router = Router(two_pools(), answers)
-    assert (await router.route(call(fit=fit))).pool == pool
+    assert (await router.route(call(fit=fit))).pool.name == pool
 
 
 async def test_an_estimate_past_every_pool_still_asks_the_longest_engine() -> None:
     router = Router(two_pools(), answers)
-    assert (await router.route(call(fit=9000))).pool == "long"
+    assert (await router.route(call(fit=9000))).pool.name == "long"
 
 
 async def test_a_request_found_too_long_goes_to_the_next_pool_and_is_counted() -> None:
@@ -80,8 +102,9 @@ async def test_a_request_found_too_long_goes_to_the_next_pool_and_is_counted() -
 
     short, long = two_pools()
     answer = await Router((short, long), short_refuses).route(call())
-    assert (answer.pool, answer.misroutes, asked) == ("long", 1, ["short", "long"])
-    assert [short.outstanding("s1"), short.outstanding("s2"), long.outstanding("l1")] == [0, 0, 100]
+    assert (answer.pool.name, answer.misroutes, asked) == ("long", 1, ["short", "long"])
+    assert under_way(short) == {"s1": 0, "s2": 0}
+    assert under_way(long) == {"l1": 1}
 
 
 async def test_too_long_for_every_pool_names_the_limit_and_the_engines_count() -> None:
@@ -104,7 +127,7 @@ async def test_closing_an_answer_twice_releases_its_tokens_once() -> None:
     answer = await Router((short, long), answers).route(call(100))
     answer.close()
     answer.close()
-    assert short.outstanding(answer.engine.replica) == 0
+    assert under_way(short) == {"s1": 0, "s2": 0}
 
 
 async def test_a_replica_that_dies_before_the_first_token_is_replaced() -> None:
@@ -120,8 +143,8 @@ async def test_a_replica_that_dies_before_the_first_token_is_replaced() -> None:
     answer = await Router((short, long), first_dies).route(call(100))
     assert sorted(asked) == ["s1", "s2"]
     assert answer.engine.replica == asked[1]
-    assert [e.replica for e in short.engines] == [asked[1]]  # not chosen until it reports again
-    assert short.outstanding(asked[0]) == 0
+    assert short.alive == 1  # the other is not chosen until a probe of it is answered
+    assert under_way(short) == {asked[0]: 0, asked[1]: 1}
 
 
 async def test_a_draining_replica_passes_the_request_on() -> None:
@@ -164,10 +187,10 @@ async def test_a_cancelled_call_releases_its_tokens() -> None:
     short, long = two_pools()
     routing = asyncio.create_task(Router((short, long), never).route(call(100)))
     await entered.wait()
-    assert short.outstanding("s1") + short.outstanding("s2") == 100
+    assert sum(under_way(short).values()) == 1
     routing.cancel()
     await asyncio.gather(routing, return_exceptions=True)
-    assert short.outstanding("s1") + short.outstanding("s2") == 0
+    assert under_way(short) == {"s1": 0, "s2": 0}
 
 
 async def test_ready_means_that_every_pool_has_an_engine() -> None:
@@ -189,7 +212,106 @@ async def test_a_pool_is_kept_fresh() -> None:
         asked_twice.set()
         return await asyncio.Future()
 
-    keeping = asyncio.create_task(keep_fresh(pool, discover, 0))
+    keeping = asyncio.create_task(keep_fresh(pool, discover, answers_probe, 0))
     await asked_twice.wait()
     assert [e.replica for e in pool.engines] == ["e2"]
     keeping.cancel()
+
+
+def narrow(name: str = "only", *, max_queued: int = 2) -> Pool:
+    """A pool of one replica with room for one request of 100 tokens."""
+    pool = Pool(name, 1000, share=Share(overcommit=1), limits=BatchingLimits(max_queued=max_queued))
+    pool.update([replace(engine("e1", name), prefill_tokens=90, kv_tokens=100)])
+    return pool
+
+
+async def test_a_request_without_room_waits_and_goes_when_there_is_some() -> None:
+    pool = narrow()
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    second = asyncio.create_task(router.route(call(100)))
+    await asyncio.sleep(0)
+    assert (pool.queued, second.done()) == (1, False)
+    first.close()
+    assert (await second).engine.replica == "e1"
+    assert pool.queued == 0
+
+
+async def test_a_full_lane_is_refused_with_a_time_to_retry() -> None:
+    pool = narrow(max_queued=1)
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    waiting = asyncio.create_task(router.route(call(100)))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as refused:
+        await router.route(call(100))
+    assert refused.value.retry_after
+    first.close()
+    (await waiting).close()
+    assert under_way(pool) == {"e1": 0}
+
+
+async def test_a_deadline_that_passes_in_the_queue_ends_the_request() -> None:
+    pool = narrow()
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    soon = asyncio.get_running_loop().time() + 0.02
+    with pytest.raises(DeadlineExceeded):
+        await router.route(replace(call(100), deadline=soon))
+    first.close()
+    assert (pool.queued, under_way(pool)) == (0, {"e1": 0})
+
+
+async def test_clients_that_leave_the_queue_give_their_turn_to_the_next() -> None:
+    pool = narrow(max_queued=8)
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    gone, next_ = (asyncio.create_task(router.route(call(100))) for _ in range(2))
+    await asyncio.sleep(0)
+    gone.cancel()
+    first.close()  # before the cancelled task has run
+    assert (await next_).engine.replica == "e1"
+    assert under_way(pool) == {"e1": 1}
+
+
+async def test_the_death_of_the_last_engine_answers_those_who_wait() -> None:
+    pool = narrow()
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    waiting = asyncio.create_task(router.route(call(100)))
+    await asyncio.sleep(0)
+    pool.fail(first.lease, EngineError("dead"))
+    with pytest.raises(Unavailable):
+        await waiting
+
+
+async def test_an_engine_that_dies_half_way_is_not_chosen_until_a_probe_is_answered() -> None:
+    async def die_half_way(_engine: EngineInfo, _call: Call) -> FakeReply:
+        return FakeReply(dies=True)
+
+    now = 0.0
+    pool = Pool("only", 1000, clock=lambda: now)
+    pool.update([engine("e1", "only")])
+    answer = await Router([pool], die_half_way).route(call())
+    with pytest.raises(EngineError):
+        _ = [chunk async for chunk in answer.chunks()]
+    answer.close()
+    assert pool.alive == 0
+    await pool.probe(answers_probe)  # too soon
+    assert pool.alive == 0
+    now = 10.0
+    await pool.probe(answers_probe)
+    assert pool.alive == 1
+
+
+async def test_equal_request_ids_are_two_requests() -> None:
+    pool = narrow(max_queued=8)
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    others = [asyncio.create_task(router.route(call(100))) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert pool.queued == 2
+    first.close()
+    (await others[0]).close()
+    (await others[1]).close()
+    assert under_way(pool) == {"e1": 0}

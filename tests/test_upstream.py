@@ -13,7 +13,9 @@ from serve_app.request import Call, EngineInfo
 from serve_app.upstream import Upstream
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-CALL = Call(id="r1", path="/x", body=b'{"a":1}', fit_tokens=1, total_tokens=1, output_tokens=9)
+CALL = Call(
+    id="r1", path="/x", body=b'{"a":1}', fit_tokens=1, total_tokens=1, output_tokens=9, stream=True
+)
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ async def serve() -> AsyncIterator[Callable[[Handler], Awaitable[EngineInfo]]]:
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
-    client = Upstream(first_token_timeout_s=0.5)
+    client = Upstream("m", first_token_timeout_s=0.5, inter_token_timeout_s=0.5)
     yield client
     await client.close()
 
