@@ -288,6 +288,8 @@ class Engine:
 
 def _kv_room(config: Any, rules: tuple[LayerRule, ...]) -> int:
     """Tokens of KV cache that sequences of the longest length can fill, averaged over layers."""
-    length, cache = config.model_config.max_model_len, config.cache_config
-    blocks = sum(held_blocks(group.rule, length, cache.block_size) for group in cache_groups(rules))
-    return round(cache.num_gpu_blocks / blocks * kv_tokens(rules, length))
+    length: int = config.model_config.max_model_len
+    blocks: int = config.cache_config.num_gpu_blocks
+    size: int = config.cache_config.block_size
+    held = sum(held_blocks(group.rule, length, size) for group in cache_groups(rules))
+    return int(blocks / held * kv_tokens(rules, length))
