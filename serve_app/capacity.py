@@ -108,11 +108,11 @@ class ModelShape:
         norms = (2 * self.layers + 1) * self.hidden
         return embeddings + norms + self._linear_parameters()
 
-    def weight_bytes(self, tensor_parallel: int = 1) -> int:
-        """Bytes of weights on one GPU. vLLM serves float32 checkpoints in 16 bits."""
+    def weight_bytes(self, gpus: int = 1) -> int:
+        """Bytes of weights on each of ``gpus``. vLLM serves float32 checkpoints in 16 bits."""
         linear = self._linear_parameters()
         rest = self.parameters() - linear
-        return round((linear * self.weight_bits / 8 + rest * 2) / tensor_parallel)
+        return round((linear * self.weight_bits / 8 + rest * 2) / gpus)
 
     def kv_token_bytes(self, kv_cache_dtype: str = "auto", tensor_parallel: int = 1) -> int:
         """Bytes of KV cache that one token takes in one layer on one GPU.
@@ -139,8 +139,8 @@ class ModelShape:
 class EngineShape:
     """Those of vLLM's arguments that decide memory; lengths are tokens.
 
-    ``concurrent_batches`` is 2 with async scheduling (vLLM's default) and 1 without. ``hybrid``
-    says whether the hybrid KV cache manager is on.
+    ``concurrent_batches`` is 2 with async scheduling (vLLM's default) and 1 without, plus one for
+    each further pipeline stage. ``hybrid`` says whether the hybrid KV cache manager is on.
     """
 
     max_model_len: int
@@ -149,6 +149,7 @@ class EngineShape:
     block_size: int = 16
     concurrent_batches: int = 2
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.92
     hybrid: bool = True
@@ -240,7 +241,8 @@ def capacity(
     length = engine.max_model_len if length is None else length
     groups = cache_groups(rules, engine.hybrid)
     token_bytes = model.kv_token_bytes(engine.kv_cache_dtype, engine.tensor_parallel)
-    block_bytes = max(group.layers for group in groups) * engine.block_size * token_bytes
+    pages = _ceil(max(group.layers for group in groups), engine.pipeline_parallel)
+    block_bytes = pages * engine.block_size * token_bytes
     blocks = max(0, kv_bytes) // block_bytes
     reserved = [reserved_blocks(group.rule, engine) for group in groups]
     held = sum(held_blocks(group.rule, length, engine.block_size) for group in groups)
@@ -295,7 +297,8 @@ def kv_budget(model: ModelShape, engine: EngineShape, gpu_bytes: int) -> int:
     logits = 8 * engine.max_num_seqs * model.vocab
     activations = (step + logits) // engine.tensor_parallel
     requested = int(gpu_bytes * engine.gpu_memory_utilization)
-    return requested - model.weight_bytes(engine.tensor_parallel) - activations - _FIXED_BYTES
+    weights = model.weight_bytes(engine.tensor_parallel * engine.pipeline_parallel)
+    return requested - weights - activations - _FIXED_BYTES
 
 
 def kv_tokens(rules: Sequence[LayerRule], length: int) -> float:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from serve_app import advice
 from serve_app.errors import ServeAppError
 
 if TYPE_CHECKING:
@@ -200,6 +201,10 @@ def _local_attention(
     except ValidationError as error:
         raise ConfigError(explain(error).removeprefix("the file: ")) from error
     return pattern.model_dump(exclude_none=True, mode="json")
+
+
+app.command("check")(_one_line_errors(advice.check_command))
+app.command("plan")(_one_line_errors(advice.plan_command))
 
 
 @app.command()

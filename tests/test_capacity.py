@@ -104,7 +104,7 @@ def test_quantised_linear_layers_weigh_less(
 ) -> None:
     shape = ModelShape.from_config({**LLAMA_8B, "quantization_config": quantization})
     assert shape.weight_bytes() / 1e9 == pytest.approx(gigabytes, abs=0.01)
-    assert shape.weight_bytes(tensor_parallel=4) == pytest.approx(shape.weight_bytes() / 4, abs=1)
+    assert shape.weight_bytes(gpus=4) == pytest.approx(shape.weight_bytes() / 4, abs=1)
 
 
 def test_a_missing_key_is_named() -> None:

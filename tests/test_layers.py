@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"balance", "batching", "lengths", "capacity"},
     {"router", "upstream", "autoscaling"},
     {"api", "engine"},
-    {"deployments", "advice", "preflight", "cli"},
+    {"deployments", "model_config", "advice", "preflight", "cli"},
 ]
 WITHIN_LAYER = {
     "config": {"errors", "pattern", "guard"},
@@ -25,6 +25,7 @@ WITHIN_LAYER = {
     "guard": {"errors"},
     "keys": {"errors"},
     "batching": {"balance"},
+    "advice": {"model_config"},
     "cli": {"advice", "preflight"},
     "engine": {"local_attention"},  # to say which plan is in force
 }
