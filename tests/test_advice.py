@@ -13,7 +13,6 @@ import pytest
 import transformers
 import typer
 import yaml
-from tiny_models import ZOO, write_model
 from typer.testing import CliRunner, Result
 
 from serve_app.advice import (
@@ -31,6 +30,7 @@ from serve_app.config import load_config
 from serve_app.errors import ConfigError, LocalAttentionError
 from serve_app.model_config import ModelConfig, read_model_config, vllm_architectures
 from serve_app.pattern import FULL, LayerRule
+from tests.tiny_models import ZOO, write_model
 
 ROOT = Path(__file__).parent.parent
 LLAMA_8B = {

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import ZOO, write_model
 from transformers import AutoModelForCausalLM
 
 from serve_app.capacity import (
@@ -28,6 +27,7 @@ from serve_app.capacity import (
     reserved_blocks,
 )
 from serve_app.pattern import FULL, LayerRule, LocalAttention
+from tests.tiny_models import ZOO, write_model
 
 LLAMA_8B = {
     "model_type": "llama",

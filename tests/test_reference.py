@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Reference, mask
-from tiny_models import LAYERS, ZOO, write_model
 from transformers import AutoTokenizer
 
 from serve_app.pattern import FULL, Kind, LayerRule
+from tests.reference import Reference, mask
+from tests.tiny_models import LAYERS, ZOO, write_model
 
 TOKENS = random.Random(7).choices(range(256), k=400)
 NOISE = 5e-5  # float32 against float64, in nats
