@@ -87,7 +87,7 @@ def serve(
 
     plan = preflight.read_deployment(deployment)
     preflight.check(plan)
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS", "local") == "local":  # else the cluster may be elsewhere
         preflight.check_machine(plan)
     raise typer.Exit(_serve_run(deployment, plan.url))
 
