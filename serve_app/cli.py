@@ -95,6 +95,8 @@ def serve(
 def _serve_run(deployment: Path, url: str) -> int:
     """Run Ray's own command in the foreground and report readiness. Returns its exit code."""
     command = [str(Path(sys.executable).with_name("serve")), "run", str(deployment)]
+    # A shell's background job ignores SIGINT, and the child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     child = subprocess.Popen(command, env={**_QUIET, **os.environ})
     # Ctrl-C reaches the child by itself; SIGTERM must end it as Ctrl-C does, which stops Serve.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
