@@ -37,7 +37,7 @@ check: install ## Lint, formatting, types
 	$(BIN)/mypy
 
 load: install ## Load a running server for a minute and print a table for each length class
-	$(BIN)/locust -f load_tests/benchmark.py --headless --users 8 --spawn-rate 8 --run-time 60s --host http://127.0.0.1:8000
+	$(BIN)/locust -f load_tests/benchmark.py --headless -u 1 -t 60s --rate 2 --host http://127.0.0.1:8000
 
 bench-gateway: install $(DEMO) ## Measure the time that the gateway adds to an engine's own port
 	$(BIN)/python benchmarks/gateway.py
