@@ -66,6 +66,9 @@ class PoolConfig(_Strict):
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1, ge=0, description="CPUs reserved for each worker.")
+    num_gpus: float = Field(
+        default=1, gt=0, le=1, description="Share of a GPU for each worker, where there are GPUs."
+    )
     drain_s: float = Field(default=60, ge=0, description="Grace for running requests at shutdown.")
     local_attention: LocalAttention | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -78,6 +81,20 @@ class PoolConfig(_Strict):
             if key in value:
                 raise ValueError(f"engine_args may not set {key}; set {home} instead.")
         return value
+
+    @model_validator(mode="after")
+    def _whole_gpus_when_split(self) -> Self:
+        if self.workers > 1 and self.num_gpus != 1:
+            raise ValueError(
+                f"num_gpus is {self.num_gpus}, but an engine of {self.workers} workers needs a "
+                "whole GPU for each; remove num_gpus."
+            )
+        return self
+
+    @property
+    def workers(self) -> int:
+        """Processes that hold one engine's model together, each on its own device."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class AppConfig(_Strict):

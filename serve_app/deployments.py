@@ -177,10 +177,9 @@ def application(config: AppConfig) -> serve.Application:
 
 
 def _engine_options(config: AppConfig, pool: PoolConfig) -> dict[str, Any]:
-    workers = pool.tensor_parallel_size * pool.pipeline_parallel_size
-    actor = {"num_cpus": pool.num_cpus * workers, "runtime_env": {"env_vars": dict(pool.env)}}
+    actor = {"num_cpus": pool.num_cpus * pool.workers, "runtime_env": {"env_vars": dict(pool.env)}}
     if config.device == "gpu":
-        actor["num_gpus"] = workers
+        actor["num_gpus"] = pool.num_gpus * pool.workers
     return {
         "num_replicas": pool.replicas,
         "ray_actor_options": actor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import math
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import AppConfig, PoolConfig, load_config
+from serve_app.config import AppConfig, load_config
 from serve_app.errors import ConfigError
 
 GIB = 2**30
@@ -145,10 +146,12 @@ def check_model(model: str) -> None:
 
 def check_gpus(deployment: Deployment, visible: int) -> None:
     """Refuse a configuration of more GPUs than ``visible``."""
-    needed = sum(pool.replicas * _workers(pool) for pool in deployment.config.pools.values())
+    pools = deployment.config.pools.values()
+    needed = math.ceil(sum(pool.replicas * pool.workers * pool.num_gpus for pool in pools))
     if needed > visible:
         raise ConfigError(
-            f"{deployment.config_path} needs {needed} GPUs, but {visible} are visible here."
+            f"The engines of {deployment.config_path} need {needed} GPUs, but {visible} are "
+            "visible here."
         )
 
 
@@ -169,7 +172,7 @@ def needed_memory(config: AppConfig) -> int:
     """
     weights = _weight_bytes(Path(config.model))
     return sum(
-        pool.replicas * (ENGINE_OVERHEAD_BYTES + weights + _workers(pool) * _kv_bytes(config, name))
+        pool.replicas * (ENGINE_OVERHEAD_BYTES + weights + pool.workers * _kv_bytes(config, name))
         for name, pool in config.pools.items()
     )
 
@@ -195,10 +198,6 @@ def visible_gpus() -> int:
     except FileNotFoundError:
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
-def _workers(pool: PoolConfig) -> int:
-    return pool.tensor_parallel_size * pool.pipeline_parallel_size
 
 
 def _kv_bytes(config: AppConfig, name: str) -> int:

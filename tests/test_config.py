@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.config import load_config
+from serve_app.config import PoolConfig, load_config
 from serve_app.errors import ConfigError
 
 
@@ -90,3 +90,11 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> N
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml does not exist"):
         load_config(tmp_path / "nothing.yaml")
+
+
+def test_workers_that_are_split_take_whole_gpus() -> None:
+    assert PoolConfig(max_model_len=64, num_gpus=0.5).workers == 1
+    split = PoolConfig(max_model_len=64, tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert split.workers == 4
+    with pytest.raises(ValueError, match=r"num_gpus is 0\.5, but an engine of 2 workers"):
+        PoolConfig(max_model_len=64, tensor_parallel_size=2, num_gpus=0.5)

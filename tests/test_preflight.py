@@ -67,8 +67,16 @@ def test_gpus_are_counted_over_pools_and_workers(tmp_path: Path) -> None:
     }
     plan = deployment(tmp_path, device="gpu", pools=pools)
     preflight.check_gpus(plan, 4)
-    with pytest.raises(ConfigError, match="needs 4 GPUs, but 3 are visible"):
+    with pytest.raises(ConfigError, match="need 4 GPUs, but 3 are visible"):
         preflight.check_gpus(plan, 3)
+
+
+def test_engines_that_share_a_gpu_need_one(tmp_path: Path) -> None:
+    pools = {
+        "short": {"max_model_len": 64, "num_gpus": 0.5},
+        "long": {"max_model_len": 128, "num_gpus": 0.5},
+    }
+    preflight.check_gpus(deployment(tmp_path, device="gpu", pools=pools), 1)
 
 
 def test_a_model_by_name_is_left_to_vllm() -> None:
