@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve_app.pattern import FULL, LayerRule, LocalAttention
+
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -78,16 +80,15 @@ def patterns(seen: int, block: int) -> dict[str, dict[str, Any] | None]:
 
 
 def loads(kind: str, quick: bool) -> list[Load]:
+    """Prompts end late in a chunk, so that chunked queries see nearly as many keys as others."""
     if quick:
         return [Load(300, 2)]
-    few = [Load(32_768, 4)]
+    short, long = 15 * SEEN + 1750, 63 * SEEN + 1380
     if kind == "full":
-        return [*few, Load(32_768, 24), Load(130_000, 7)]
-    if kind.endswith("full"):
-        return [*few, Load(32_768, 64), Load(130_000, 16)]
-    if kind.startswith(("chunked, ", "sinks, ")):
-        return [*few, Load(32_768, 64)]
-    return [*few, Load(32_768, 64), Load(130_000, 64)]
+        return [Load(short, 4), Load(short, 24), Load(long, 7)]
+    if kind in ("sliding", "chunked"):
+        return [Load(short, 4), Load(short, 64), Load(long, 64)]
+    return [Load(short, 4), Load(short, 64)]
 
 
 def measure(kind: str, pattern: dict[str, Any] | None, quick: bool) -> tuple[list[Result], str]:
@@ -119,9 +120,9 @@ def measure(kind: str, pattern: dict[str, Any] | None, quick: bool) -> tuple[lis
             waits = {n: statistics.median(_prefill(engine, n) for _ in range(2)) for n in lengths}
             results = []
             for load in loads(kind, quick):
-                step = _run(engine, load, steps=10 if quick else 150)
+                step, lengths_then = _run(engine, load, steps=10 if quick else 150)
                 rate = load.sequences / step
-                floor = _bytes(shape, pattern, load) / BANDWIDTH
+                floor = _bytes(shape, pattern, lengths_then) / BANDWIDTH
                 results.append(Result(kind, load, step * 1e3, rate, floor * 1e3))
                 print(results[-1], flush=True)
         finally:
@@ -139,24 +140,26 @@ def _prefill(engine: Any, tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def _run(engine: Any, load: Load, steps: int) -> float:
-    """Seconds a step (the median), once every sequence has its first token."""
+def _run(engine: Any, load: Load, steps: int) -> tuple[float, list[int]]:
+    """Seconds a step (the median) once every sequence decodes, and the lengths half-way."""
     names = _add(engine, load, max_tokens=3000 if load.tokens > 1000 else 100)
-    started: set[str] = set()
+    made = dict.fromkeys(names, 0)
     arrivals: list[float] = []
     while len(arrivals) <= steps:
         outputs = engine.step()
-        if len(started) == load.sequences and len(outputs) == load.sequences:
+        if all(made.values()) and len(outputs) == load.sequences:
             arrivals.append(time.perf_counter())
-        started.update(output.request_id for output in outputs)
+        for output in outputs:
+            made[output.request_id] += len(output.outputs[0].token_ids)
+    lengths = [load.tokens + count - steps // 2 for count in made.values()]
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
     # Arrivals can bunch under asynchronous scheduling, so ten steps are timed together.
     tens = range(0, len(arrivals) - 10, 10)
     if not tens:
-        return (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
-    return statistics.median((arrivals[i + 10] - arrivals[i]) / 10 for i in tens)
+        return (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1), lengths
+    return statistics.median((arrivals[i + 10] - arrivals[i]) / 10 for i in tens), lengths
 
 
 _names = iter(range(10**9))
@@ -181,17 +184,21 @@ def _add(engine: Any, load: Load, max_tokens: int) -> list[str]:
     return names
 
 
-def _bytes(shape: dict[str, Any], pattern: dict[str, Any] | None, load: Load) -> int:
+def _bytes(shape: dict[str, Any], pattern: dict[str, Any] | None, lengths: list[int]) -> int:
     """What one step must read: every weight once, and the keys and values its queries see."""
-    from serve_app.pattern import FULL, LocalAttention
-
     layers, hidden, head = shape["num_hidden_layers"], shape["hidden_size"], shape["head_dim"]
     heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
     layer = hidden * head * 2 * (heads + kv_heads) + 3 * hidden * shape["intermediate_size"]
     weights = layers * layer + shape["vocab_size"] * hidden
     rules = (FULL,) * layers if pattern is None else LocalAttention(**pattern).rules(layers)
-    seen = sum(rule.visible(load.tokens) for rule in rules)
-    return int(2 * (weights + load.sequences * seen * 2 * kv_heads * head))
+    seen = sum(_seen(rule, length) for rule in rules for length in lengths)
+    return int(2 * (weights + seen * 2 * kv_heads * head))
+
+
+def _seen(rule: LayerRule, length: int) -> int:
+    if rule.kind == "chunked_attention":
+        return (length - 1) % rule.span + 1
+    return rule.visible(length)
 
 
 @contextmanager

@@ -174,8 +174,10 @@ def _builder(backend: type[AttentionBackend], window: int, sinks: int) -> type[A
             row_kernels.window_rows(
                 batch.seq_lens, batch.block_table_tensor, window, sinks, size, (kv_lens, table)
             )
-            longest = min(batch.max_seq_len, table.shape[1] * size)
-            return batch.replace(seq_lens=kv_lens, block_table_tensor=table, max_seq_len=longest)
+            # Not the batch's longest: FlashAttention takes the table's width for it, and its
+            # ahead-of-time schedule must do the same to agree whether the window cuts anything.
+            width = table.shape[1] * size
+            return batch.replace(seq_lens=kv_lens, block_table_tensor=table, max_seq_len=width)
 
         def _second_pass(self, batch: CommonAttentionMetadata, decode: bool) -> SinkRows:
             blocks = -(-sinks // self.kv_cache_spec.block_size)
