@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from serve_app.config import load_config
+from serve_app.preflight import check_engine_args
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -30,7 +31,8 @@ def pins(*names: str) -> dict[str, Requirement]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.pools
+    for pool in config.pools:
+        check_engine_args(config.engine_args_of(pool))
 
 
 def test_the_deployment_names_a_configuration_that_loads() -> None:
