@@ -1,4 +1,4 @@
-"""How much memory a sequence takes under a plan, and what a request costs.
+"""How much memory a sequence takes under a plan.
 
 Pure arithmetic, no vLLM. It follows what vLLM 0.32 does with the KV cache, and
 ``tests/test_capacity.py`` holds every figure against vLLM's own:
@@ -209,7 +209,9 @@ def reserved_blocks(rule: LayerRule, engine: EngineShape) -> int:
         tokens = min(rule.span + engine.in_flight_tokens, limit)
         return _blocks(tokens, engine.block_size)
     tokens = min(rule.span - 1 + engine.in_flight_tokens, limit)
-    return _blocks(tokens, engine.block_size) + 1 + _blocks(rule.sinks, engine.block_size)
+    window = _blocks(tokens, engine.block_size) + 1  # it may begin inside a block
+    sinks = _blocks(rule.sinks, engine.block_size)
+    return min(window + sinks, _blocks(limit, engine.block_size) + 1)
 
 
 def cache_groups(rules: Sequence[LayerRule], hybrid: bool = True) -> tuple[Group, ...]:
@@ -305,11 +307,6 @@ def kv_tokens(rules: Sequence[LayerRule], length: int) -> float:
     """Tokens of KV cache that a sequence of ``length`` tokens needs, averaged over the layers."""
     counts = Counter(rules)
     return sum(n * rule.visible(length) for rule, n in counts.items()) / len(rules)
-
-
-def cost(rules: Sequence[LayerRule], prompt_tokens: int, output_tokens: int = 0) -> float:
-    """The load that a request puts on a replica: tokens to prefill plus tokens of KV cache."""
-    return prompt_tokens + kv_tokens(rules, prompt_tokens + output_tokens)
 
 
 def _weight_bits(config: Mapping[str, Any]) -> float:

@@ -178,10 +178,9 @@ if __name__ == "__main__":
     "pattern",
     [
         {"sliding_window": 256, "full_attention_every": 4},
-        {"attention_chunk_size": 256, "full_attention_layers": [1]},
-        {"sliding_window": 256},
+        {"attention_chunk_size": 256},
     ],
-    ids=["every fourth full", "one of four full", "all sliding"],
+    ids=["every fourth full", "all chunked"],
 )
 def test_capacity_is_what_a_real_engine_reports(pattern: dict[str, Any], tmp_path: Path) -> None:
     directory = str(write_model("llama", tmp_path))

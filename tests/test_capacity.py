@@ -19,7 +19,6 @@ from serve_app.capacity import (
     ModelShape,
     cache_groups,
     capacity,
-    cost,
     held_blocks,
     kv_budget,
     kv_bytes,
@@ -319,9 +318,8 @@ def test_the_budget_shrinks_with_weights_and_steps() -> None:
     assert kv_budget(SHAPE, engine, 16 * GIB) < 0
 
 
-def test_cost_is_prefill_plus_what_the_layers_keep() -> None:
+def test_kv_tokens_are_averaged_over_the_layers() -> None:
     rules = LocalAttention(sliding_window=1000, full_attention_every=4).rules(8)
     assert kv_tokens(rules, 500) == 500
     assert kv_tokens(rules, 9000) == (3 * 1000 + 9000) / 4
-    assert cost(rules, 8000, 1000) == 8000 + 3000
-    assert cost((FULL,), 8000, 1000) == 17000
+    assert kv_tokens((FULL,), 9000) == 9000
