@@ -11,6 +11,9 @@ Imports nothing from ``serve_app``: what is measured is what a client sees.
 ``prompts.py``        prompts of exact token lengths (pure but for two look-ups)
 ``run.py``            one run: options, records, files, drain, client CPU
 ``summary.py``        the tables and the verdict (pure)
+``drive.py``          the same without Locust's runner
+``compare.py``        ratios of two targets and their confidence (pure)
+``ab.py``             command: two servers in ABBA order
 ``null_server.py``    an instant fake server
 ``floor.py``          the client's own floor, measured with it
 ====================  =========================================================

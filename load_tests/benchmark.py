@@ -19,13 +19,8 @@ from locust import events, task
 from locust.env import Environment
 
 from load_tests.client import StreamingUser, sleep_until
-from load_tests.prompts import Deck, LengthClass, parse_mix
+from load_tests.prompts import DEMO_MIX, Deck, LengthClass, parse_mix
 from load_tests.run import Run, add_arguments, conclude, prompt_maker, refuse
-
-# Fits the demo's two pools (1,024 and 8,192 tokens) on a few CPU cores.
-DEMO_MIX = (
-    "short=0.70:150-400:32:1000:100,medium=0.25:400-900:32:2000:100,long=0.05:2000-4000:32:8000:200"
-)
 
 
 @events.init_command_line_parser.add_listener

@@ -6,11 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from time import perf_counter
 
-from gevent.pool import Group
-
-from load_tests.client import send, sleep_until, user_agent
+from load_tests.drive import open_loop
 from load_tests.stream import Ask, Record
 from load_tests.summary import figure, percentile
 
@@ -42,7 +39,7 @@ def client_floor(
     paces = [record.itl_ms for record in records if record.itl_ms is not None]
     pace = min(MOST_ITL_MS, percentile(paces, 0.5)) if paces else 0.0
     with null_server("--itl-ms", f"{pace:.3f}") as host:
-        replayed = replay(host, asks)
+        replayed = open_loop(host, asks, {})
     ttft = [record.ttft_ms for record in replayed if record.ttft_ms is not None]
     itl_error = [record.itl_ms - pace for record in replayed if record.itl_ms is not None]
     return {
@@ -52,19 +49,6 @@ def client_floor(
         "ttft_p99_ms": percentile(ttft, 0.99),
         "itl_error_p50_ms": percentile(itl_error, 0.5),
     }
-
-
-def replay(host: str, asks: list[tuple[float, Ask]]) -> list[Record]:
-    """Send each ask at its time (seconds from now) to ``host``; returns when all have ended."""
-    agent, group, origin = user_agent(), Group(), perf_counter() + 0.1
-
-    def one(scheduled: float, ask: Ask) -> Record:
-        sleep_until(scheduled)
-        return send(agent, host, ask, scheduled, origin=origin, headers={})
-
-    greenlets = [group.spawn(one, origin + at, ask) for at, ask in asks]
-    group.join()
-    return [greenlet.get() for greenlet in greenlets]
 
 
 def floor_line(floor: Floor | None) -> str:

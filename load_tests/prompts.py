@@ -22,6 +22,11 @@ from load_tests.stream import Ask
 
 Count = Callable[[str], int]  # prompt tokens the server makes of a user message, template included
 
+# Fits the demo's two pools (1,024 and 8,192 tokens) on a few CPU cores.
+DEMO_MIX = (
+    "short=0.70:150-400:32:1000:100,medium=0.25:400-900:32:2000:100,long=0.05:2000-4000:32:8000:200"
+)
+
 SALT = "000000000000"
 MOST_CUTS = 24  # looks at a prompt's count before its nearest length will do
 NAMES = ("Ada", "Boris", "Chen", "Dina", "Emil", "Farah", "Goran", "Hana", "Ivan", "Jana")
@@ -208,10 +213,11 @@ class Deck:
         ]
         self._reuse = reuse
 
-    def draw(self, rng: random.Random) -> Ask:
+    def draw(self, rng: random.Random, salts: random.Random | None = None) -> Ask:
+        """One prompt, chosen by ``rng``, salted by ``salts`` (by default the same)."""
         (prompts,) = rng.choices(self._prompts, self._shares)
         prompt = rng.choice(prompts)
-        return prompt.ask(0 if self._reuse else rng.randrange(10 ** len(SALT)))
+        return prompt.ask(0 if self._reuse else (salts or rng).randrange(10 ** len(SALT)))
 
 
 def count_bytes(text: str) -> int:

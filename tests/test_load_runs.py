@@ -7,15 +7,14 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.null import ROOT, null_server
+
 MIX = "short=0.7:150-300:16:500:50,long=0.3:900:16:1000:50"
 
 
@@ -25,17 +24,6 @@ class Finished:
     out: str
     records: list[dict[str, Any]]
     summary: dict[str, Any]
-
-
-@contextmanager
-def null_server(*arguments: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "load_tests.null_server", "--port", "0", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.terminate()
 
 
 def locust(files: str, host: str, out: Path, *arguments: str) -> Finished:
