@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -143,10 +144,14 @@ def specs_of(rules: tuple[LayerRule, ...], block_size: int) -> dict[str, Any]:
         SlidingWindowSpec,
     )
 
+    from serve_app.local_attention.sinks import SinkWindowSpec
+
     shape = {"block_size": block_size, "num_kv_heads": 8, "head_size": 128}
     shape["dtype"] = torch.bfloat16
 
     def spec(rule: LayerRule) -> Any:
+        if rule.sinks:
+            return SinkWindowSpec(sliding_window=rule.span, sink_tokens=rule.sinks, **shape)
         if rule.kind == "sliding_attention":
             return SlidingWindowSpec(sliding_window=rule.span, **shape)
         if rule.kind == "chunked_attention":
@@ -166,10 +171,13 @@ def engine_of(vllm_config: Any) -> EngineShape:
     )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    kinds=st.lists(st.sampled_from(["full", "sliding", "chunked"]), min_size=1, max_size=24),
+    kinds=st.lists(
+        st.sampled_from(["full", "sliding", "sinks", "chunked"]), min_size=1, max_size=24
+    ),
     window=st.integers(1, 6000),
+    sinks=st.integers(1, 300),
     chunk=st.integers(1, 300).map(lambda blocks: 16 * blocks),
     length=st.integers(16, 4096),
     batched=st.sampled_from([64, 512, 2048]),
@@ -179,6 +187,7 @@ def test_groups_blocks_and_concurrency_are_vllms(
     vllm_config: Any,
     kinds: list[str],
     window: int,
+    sinks: int,
     chunk: int,
     length: int,
     batched: int,
@@ -192,11 +201,12 @@ def test_groups_blocks_and_concurrency_are_vllms(
     rule_of = {
         "full": FULL,
         "sliding": LayerRule("sliding_attention", window),
+        "sinks": LayerRule("sliding_attention", window, sinks),
         "chunked": LayerRule("chunked_attention", chunk),
     }
     rules = tuple(rule_of[kind] for kind in kinds)
-    if not hybrid and set(kinds) == {"sliding", "chunked"}:
-        return  # vLLM refuses
+    if not hybrid and (len({"sliding", "sinks", "chunked"} & set(kinds)) > 1 or "sinks" in kinds):
+        return  # refused
     vllm_config.model_config.max_model_len = length
     vllm_config.scheduler_config.max_num_batched_tokens = batched
     vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = not hybrid
@@ -216,6 +226,20 @@ def test_groups_blocks_and_concurrency_are_vllms(
         if hybrid:
             needed = spec.max_memory_usage_bytes(vllm_config)
             assert reserved_blocks(rule, engine) * spec.page_size_bytes == needed
+
+
+def test_pipeline_stages_share_the_layers_as_vllm_does(vllm_config: Any) -> None:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    vllm_config.model_config.max_model_len = 4096
+    vllm_config.scheduler_config.max_num_batched_tokens = 512
+    vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
+    rules = (SLIDING, SLIDING, SLIDING, FULL) * 8
+    specs = list(specs_of(rules, 16).items())
+    stages = [dict(specs[:16]), dict(specs[16:])]
+    theirs = get_kv_cache_configs(vllm_config, stages, [GIB, GIB])
+    engine = dataclasses.replace(engine_of(vllm_config), pipeline_parallel=2)
+    assert {config.num_blocks for config in theirs} == {capacity(rules, SHAPE, engine, GIB).blocks}
 
 
 @given(length=st.integers(1, 5000), span=st.integers(1, 60).map(lambda blocks: 16 * blocks))
