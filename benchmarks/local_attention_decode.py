@@ -118,6 +118,8 @@ def measure(kind: str, pattern: dict[str, Any] | None, quick: bool) -> tuple[lis
             _run(engine, Load(64, 1), steps=2)  # the first request pays for lazy set-up
             lengths = sorted({load.tokens for load in loads(kind, quick)})
             waits = {n: statistics.median(_prefill(engine, n) for _ in range(2)) for n in lengths}
+            prefills = ", ".join(f"{n:,} tokens in {wait:.3f} s" for n, wait in waits.items())
+            print(f"{kind}: prefill of {prefills}", flush=True)
             results = []
             for load in loads(kind, quick):
                 step, lengths_then = _run(engine, load, steps=10 if quick else 150)
@@ -127,7 +129,6 @@ def measure(kind: str, pattern: dict[str, Any] | None, quick: bool) -> tuple[lis
                 print(results[-1], flush=True)
         finally:
             engine.engine_core.shutdown()
-    prefills = ", ".join(f"{n:,} tokens in {wait:.2f} s" for n, wait in waits.items())
     return results, f"{kind}: {prefills}"
 
 

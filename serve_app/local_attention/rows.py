@@ -139,8 +139,14 @@ def chunked_backend(backend: type[AttentionBackend], chunk: int) -> type[Attenti
                 max_query_len=min(batch.max_query_len, chunk),
                 max_seq_len=min(batch.max_seq_len, chunk),
             )
-            # An ahead-of-time schedule has room for one row a request.
-            return super().build(common_prefix_len, in_rows, fast_build or rows_each != 1)
+            # FlashAttention 3's ahead-of-time schedule has room for one row a request.
+            self.scheduled = rows_each == 1
+            return super().build(common_prefix_len, in_rows, fast_build)
+
+        def _get_scheduler_metadata(self, *, aot_schedule: bool, **kwargs: Any) -> Any:
+            # Not by fast_build, which would leave the builder without its window for good.
+            scheduled = aot_schedule and self.scheduled
+            return super()._get_scheduler_metadata(aot_schedule=scheduled, **kwargs)
 
         def _on_device(self, batch: CommonAttentionMetadata, rows_each: int) -> Buffers:
             table = batch.block_table_tensor

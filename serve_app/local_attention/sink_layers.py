@@ -129,6 +129,7 @@ def _builder(backend: type[AttentionBackend], window: int, sinks: int) -> type[A
             super().__init__(spec, layer_names, config, device)
             self.supports_draft_decode_metadata_update = False
             size = spec.block_size
+            self.scheduled = True
             self.one_pass = sinks % size == 0 and window > size
             most = max(
                 config.scheduler_config.max_num_seqs,
@@ -160,12 +161,19 @@ def _builder(backend: type[AttentionBackend], window: int, sinks: int) -> type[A
                 metadata = super().build(common_prefix_len, self._one_pass(batch), fast_build)
                 metadata.sink_rows = None
                 return metadata
-            # The ahead-of-time schedule is for the other window, and for fewer rows.
-            metadata = super().build(common_prefix_len, batch, True)
+            # FlashAttention 3's ahead-of-time schedule is for the one pass's window.
+            self.scheduled = False
+            metadata = super().build(common_prefix_len, batch, fast_build)
+            self.scheduled = True
             metadata.sink_rows = self._second_pass(batch, decode)
             metadata.rswa_prefix_lens = self.prefix_lens[: batch.num_reqs]
             metadata.rswa_window = window
             return metadata
+
+        def _get_scheduler_metadata(self, *, aot_schedule: bool, **kwargs: Any) -> Any:
+            # Not by fast_build, which would leave the builder without its window for good.
+            scheduled = aot_schedule and self.scheduled
+            return super()._get_scheduler_metadata(aot_schedule=scheduled, **kwargs)
 
         def _one_pass(self, batch: CommonAttentionMetadata) -> Any:
             kv_lens = self.kv_lens[: batch.num_reqs]
