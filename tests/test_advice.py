@@ -177,10 +177,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "pattern",
     [
-        {"sliding_window": 256, "full_attention_every": 4},
+        {"sliding_window": 256, "attention_sinks": 64, "full_attention_every": 4},
         {"attention_chunk_size": 256},
     ],
-    ids=["every fourth full", "all chunked"],
+    ids=["sinks, every fourth full", "all chunked"],
 )
 def test_capacity_is_what_a_real_engine_reports(pattern: dict[str, Any], tmp_path: Path) -> None:
     directory = str(write_model("llama", tmp_path))
