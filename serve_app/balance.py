@@ -144,7 +144,12 @@ class Balancer:
     @property
     def alive(self) -> int:
         """How many replicas take requests."""
-        return sum(replica.state is State.LIVE for replica in self._replicas.values())
+        return len(self.live())
+
+    def live(self) -> frozenset[str]:
+        """The replicas that take requests."""
+        replicas = self._replicas.items()
+        return frozenset(name for name, replica in replicas if replica.state is State.LIVE)
 
     def loads(self) -> dict[str, Load]:
         return {

@@ -133,12 +133,16 @@ def _pool(config: AppConfig, name: str) -> Pool:
 def _discovery(handle: DeploymentHandle) -> Discover:
     """Asks every live replica of a deployment to describe itself."""
 
-    async def discover() -> list[EngineInfo]:
+    async def discover() -> list[EngineInfo] | None:
         try:
             answers = await handle.broadcast("describe").results_async(
                 timeout_s=_DISCOVER_TIMEOUT_S, return_exceptions=True
             )
-        except (RayError, RayServeException, TimeoutError) as error:
+        except TimeoutError:
+            # One replica that hangs says nothing of the others; calls to them show who lives.
+            log.warning("not every engine of %s describes itself", handle.deployment_name)
+            return None
+        except (RayError, RayServeException) as error:
             log.info("no engine of %s answers: %s", handle.deployment_name, error)
             return []
         return [answer for answer in answers if isinstance(answer, EngineInfo)]

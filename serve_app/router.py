@@ -57,7 +57,8 @@ class Reply(Protocol):
 
 Open = Callable[[EngineInfo, Call], Awaitable[Reply]]
 Probe = Callable[[EngineInfo], Awaitable[bool]]
-Discover = Callable[[], Awaitable[Sequence[EngineInfo]]]
+# None where nobody could tell in time: what is known stays.
+Discover = Callable[[], Awaitable[Sequence[EngineInfo] | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,14 @@ class Share:
             kv=round(engine.kv_tokens * self.overcommit),
         )
         return whole.share(self.gateways)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What a waiting request waits for, and the replicas that it must not get."""
+
+    lease: asyncio.Future[Lease]
+    avoid: frozenset[str]
 
 
 _WHOLE = Share()
@@ -101,7 +110,9 @@ class Pool:
         self._balancer = Balancer()
         self._batcher = Batcher(self._balancer, limits)
         self._engines: dict[str, EngineInfo] = {}
-        self._waiting: dict[str, asyncio.Future[Lease]] = {}
+        self._waiting: dict[str, _Turn] = {}
+        self._probing: set[str] = set()
+        self._live: frozenset[str] = frozenset()  # at the last step
         self._timer: asyncio.TimerHandle | None = None
         self._numbers = itertools.count()  # clients may send the same request id twice
 
@@ -140,24 +151,24 @@ class Pool:
 
     def has_other_than(self, tried: frozenset[str]) -> bool:
         """Whether a replica takes requests that is not in ``tried``."""
-        loads = self._balancer.loads().items()
-        return any(load.state is State.LIVE and name not in tried for name, load in loads)
+        return not self._balancer.live() <= tried
 
     async def lease(self, call: Call, avoid: frozenset[str] = frozenset()) -> Lease:
         """Wait for room on a replica that is not in ``avoid``.
 
         Raises ``Overloaded`` when the lane is full, ``DeadlineExceeded`` when the call's deadline
-        comes first and ``Unavailable`` when no replica is alive. A cancel leaves nothing behind.
+        comes first and ``Unavailable`` when no such replica is alive. A cancel leaves nothing
+        behind.
         """
-        if not self.alive:
-            raise self._dead()
+        if not self.has_other_than(avoid):
+            raise self._unavailable(avoid)
         waiting = self._as_waiting(call, avoid)
         if avoid:  # it had its turn already
             self._batcher.requeue(waiting)
         else:
             self._batcher.add(waiting)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        self._waiting[waiting.id] = future
+        self._waiting[waiting.id] = _Turn(future, avoid)
         self._step()
         try:
             return await future
@@ -190,13 +201,20 @@ class Pool:
 
     async def probe(self, ask: Probe) -> None:
         """Ask each ejected replica whose time has come, and readmit those that answer."""
-        due = [name for name in self._balancer.probes_due(self._clock()) if name in self._engines]
-        answers = await asyncio.gather(*(ask(self._engines[name]) for name in due))
-        for name, answered in zip(due, answers, strict=True):
-            if answered:
-                log.info("engine %s of pool %s answers again", name, self.name)
-                self._balancer.readmit(name)
-        self._step()
+        due = self._balancer.probes_due(self._clock())
+        free = [name for name in due if name in self._engines and name not in self._probing]
+        await asyncio.gather(*(self._probe_one(name, ask) for name in free))
+
+    async def _probe_one(self, name: str, ask: Probe) -> None:
+        self._probing.add(name)
+        try:
+            answered = await ask(self._engines[name])
+        finally:
+            self._probing.discard(name)
+        if answered:
+            log.info("engine %s of pool %s answers again", name, self.name)
+            self._balancer.readmit(name)
+            self._step()
 
     def _as_waiting(self, call: Call, avoid: frozenset[str]) -> Waiting:
         kv = kv_tokens(self._rules(), call.total_tokens)
@@ -215,9 +233,10 @@ class Pool:
         """The attention plan of the pool's engines; full attention while none is known."""
         return next((engine.rules for engine in self._engines.values()), (FULL,))
 
-    def _dead(self) -> Unavailable:
+    def _unavailable(self, avoid: frozenset[str]) -> Unavailable:
+        which = "No other engine" if avoid else "No engine"
         return Unavailable(
-            f"No engine of pool {self.name} is alive; try again shortly.",
+            f"{which} of pool {self.name} is alive; try again shortly.",
             retry_after=RETRY_AFTER_S,
         )
 
@@ -229,24 +248,31 @@ class Pool:
             in_vain = False
             step = self._batcher.step(now)
             for waiting, lease in step.released:
-                future = self._waiting[waiting.id]
+                future = self._waiting[waiting.id].lease
                 if future.done():  # its client left, and its task has not run since
-                    in_vain = self._batcher.finish(lease, now)
+                    in_vain = self._batcher.finish(lease, now) or in_vain
                 else:
                     future.set_result(lease)
             for waiting in step.expired:
-                self._fail_waiting(
-                    waiting.id,
+                _fail(
+                    self._waiting[waiting.id],
                     DeadlineExceeded("The deadline passed before an engine had room."),
                 )
-        if not self.alive:
-            for name in self._waiting:
-                self._fail_waiting(name, self._dead())
+            in_vain = self._dismiss_hopeless() or in_vain
         self._set_timer(now)
 
-    def _fail_waiting(self, name: str, error: RequestError) -> None:
-        if not self._waiting[name].done():
-            self._waiting[name].set_exception(error)
+    def _dismiss_hopeless(self) -> bool:
+        """Answer those whom no live replica may take any more. Whether there were some."""
+        live = self._balancer.live()
+        if live == self._live:
+            return False
+        self._live = live
+        dismissed = False
+        for name, turn in self._waiting.items():
+            if not turn.lease.done() and live <= turn.avoid:
+                _fail(turn, self._unavailable(turn.avoid))
+                dismissed = self._batcher.cancel(name) or dismissed
+        return dismissed
 
     def _set_timer(self, now: float) -> None:
         if self._timer is not None:
@@ -255,6 +281,11 @@ class Pool:
         if (at := self._batcher.next_deadline(now)) is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.001, at - now), self._step)
+
+
+def _fail(turn: _Turn, error: RequestError) -> None:
+    if not turn.lease.done():
+        turn.lease.set_exception(error)
 
 
 @dataclass(slots=True)
@@ -304,47 +335,59 @@ class Router:
     async def route(self, call: Call) -> Answer:
         """Open ``call`` on an engine and return once its first bytes are here.
 
-        Raises ``PromptTooLong`` when no pool holds it, ``EngineError`` when each engine asked has
-        failed, and whatever :meth:`Pool.lease` raises.
+        A pool without a live engine is passed over for a larger one. Raises ``PromptTooLong``
+        when no pool holds the call, ``EngineError`` when each engine asked has failed, and
+        whatever :meth:`Pool.lease` raises.
         """
+        misroutes = 0
+        tried: set[str] = set()
         fitting = [pool for pool in self.pools if call.fit_tokens <= pool.limit]
-        for misroutes, pool in enumerate(fitting or self.pools[-1:]):
-            answer = await self._ask(pool, call)
+        error: RequestError
+        for pool in fitting or self.pools[-1:]:
+            try:
+                answer = await self._ask(pool, call, tried)
+            except Unavailable as dead:
+                error = dead
+                continue
             answer.misroutes = misroutes
             if answer.reply.too_long is None:
                 return answer
             answer.close()
-            sentence = answer.reply.too_long
+            misroutes += 1
+            error = self._too_long(call, answer.reply.too_long)
             if exact := answer.reply.prompt_tokens:
                 call = replace(call, total_tokens=exact + call.output_tokens)
-        raise PromptTooLong(
+        raise error
+
+    def _too_long(self, call: Call, sentence: str) -> PromptTooLong:
+        return PromptTooLong(
             f"No pool holds this request: the longest takes {self.limit} tokens, prompt and "
             f"output budget ({call.output_tokens}) together. {sentence}",
             param="messages" if call.path.startswith("/v1/chat") else "prompt",
         )
 
-    async def _ask(self, pool: Pool, call: Call) -> Answer:
-        """The answer of one of the pool's engines, whatever it says."""
-        tried: frozenset[str] = frozenset()
+    async def _ask(self, pool: Pool, call: Call, tried: set[str]) -> Answer:
+        """The answer of one of the pool's engines, whatever it says.
+
+        Engines that are asked are added to ``tried``, which holds for all pools together.
+        """
         began = time.monotonic()
-        while len(tried) < ATTEMPTS and (not tried or pool.has_other_than(tried)):
-            lease = await pool.lease(call, tried)
+        while len(tried) < ATTEMPTS:
+            lease = await pool.lease(call, frozenset(tried))
             waited = time.monotonic() - began
-            tried |= {lease.replica}
-            reply = await self._try(pool, lease, call)
+            tried.add(lease.replica)
+            engine = pool.engine(lease)
+            if engine is None:  # it left between the lease and now
+                pool.finish(lease)
+                continue
+            reply = await self._try(pool, engine, lease, call)
             if reply is not None:
                 pool.prefilled(lease)
-                engine = pool.engine(lease)
-                assert engine is not None
                 return Answer(pool, engine, reply, lease, waited, retries=len(tried) - 1)
-        raise EngineError(f"{len(tried)} engines of pool {pool.name} failed to answer.")
+        raise EngineError(f"{len(tried)} engines failed to answer; the last was of {pool.name}.")
 
-    async def _try(self, pool: Pool, lease: Lease, call: Call) -> Reply | None:
-        """The reply of the lease's engine, or None if it failed and another may be asked."""
-        engine = pool.engine(lease)
-        if engine is None:  # it left between the lease and now
-            pool.finish(lease)
-            return None
+    async def _try(self, pool: Pool, engine: EngineInfo, lease: Lease, call: Call) -> Reply | None:
+        """The engine's reply, or None if it failed and another may be asked."""
         try:
             reply = await self._open(engine, call)
         except EngineError as error:
@@ -361,8 +404,14 @@ class Router:
 
 
 async def keep_fresh(pool: Pool, discover: Discover, probe: Probe, interval_s: float) -> None:
-    """Ask for the pool's live replicas every ``interval_s`` seconds, until cancelled."""
-    while True:
-        pool.update(await discover())
-        await pool.probe(probe)
-        await asyncio.sleep(interval_s)
+    """Ask for the pool's live replicas every ``interval_s`` seconds, until cancelled.
+
+    Probes run aside: a replica that is silent must not keep others from being found.
+    """
+    async with asyncio.TaskGroup() as probes:
+        while True:
+            engines = await discover()
+            if engines is not None:
+                pool.update(engines)
+            probes.create_task(pool.probe(probe))
+            await asyncio.sleep(interval_s)

@@ -81,7 +81,10 @@ def _error_event(first: bytes) -> tuple[int, bytes] | None:
     if not first.startswith(b'data: {"error"'):
         return None
     body = first.split(b"\n", 1)[0].removeprefix(b"data: ")
-    code = json.loads(body)["error"].get("code")
+    try:
+        code = json.loads(body)["error"]["code"]
+    except (ValueError, KeyError, TypeError):  # not vLLM's, or cut in two: it goes on as it is
+        return None
     return (code if isinstance(code, int) and 400 <= code < 600 else 500), body
 
 

@@ -315,3 +315,82 @@ async def test_equal_request_ids_are_two_requests() -> None:
     (await others[0]).close()
     (await others[1]).close()
     assert under_way(pool) == {"e1": 0}
+
+
+async def test_a_dead_pool_is_passed_over_for_a_larger_one() -> None:
+    short, long = two_pools()
+    short.update([])
+    answer = await Router((short, long), answers).route(call())
+    assert (answer.pool.name, answer.misroutes) == ("long", 0)
+
+
+async def test_an_engine_that_leaves_while_it_is_asked_still_answers() -> None:
+    pool = narrow()
+
+    async def leave_meanwhile(_engine: EngineInfo, _call: Call) -> FakeReply:
+        pool.update([])
+        return FakeReply()
+
+    answer = await Router([pool], leave_meanwhile).route(call())
+    assert answer.engine.replica == "e1"
+    answer.close()
+    assert pool.loads() == {}
+
+
+async def test_who_waits_only_for_an_engine_that_dies_is_answered_though_another_lives() -> None:
+    now = 0.0
+    pool = Pool("only", 1000, share=Share(overcommit=1), clock=lambda: now)
+    room = {"prefill_tokens": 90, "kv_tokens": 100}
+    pool.update([replace(engine("e1"), **room), replace(engine("e2"), **room)])
+    first_failed = asyncio.Event()
+
+    async def e1_fails(engine: EngineInfo, _call: Call) -> FakeReply:
+        if engine.replica == "e1":
+            first_failed.set()
+            raise EngineError("reset")
+        return FakeReply()
+
+    router = Router([pool], e1_fails)
+    on_e2 = await pool.lease(call(), frozenset({"e1"}))
+    waiting = asyncio.create_task(router.route(call()))
+    await first_failed.wait()
+    await asyncio.sleep(0)
+    now = 10.0
+    await pool.probe(answers_probe)
+    assert pool.alive == 2
+    pool.fail(on_e2, EngineError("dead"))
+    with pytest.raises(Unavailable):
+        await waiting
+
+
+async def test_a_probe_that_hangs_holds_up_neither_discovery_nor_other_probes() -> None:
+    now = 0.0
+    pool = Pool("only", 1000, clock=lambda: now)
+    pool.update([engine("e1"), engine("e2")])
+    for name in ("e1", "e2"):
+        pool.fail(await pool.lease(call(), frozenset({"e1", "e2"} - {name})), EngineError("dead"))
+    now = 10.0
+    rounds = 0
+    twice = asyncio.Event()
+    probed: list[str] = []
+
+    async def discover() -> list[EngineInfo] | None:
+        nonlocal rounds, now
+        rounds += 1
+        now += 60
+        if rounds > 2:
+            twice.set()
+        return None
+
+    async def e1_hangs(info: EngineInfo) -> bool:
+        probed.append(info.replica)
+        if info.replica == "e1":
+            await asyncio.Event().wait()
+        return True
+
+    keeping = asyncio.create_task(keep_fresh(pool, discover, e1_hangs, 0))
+    await twice.wait()
+    assert pool.alive == 1
+    assert sorted(probed) == ["e1", "e2"]  # one that is under way is not sent again
+    assert len(pool.engines) == 2  # who could not tell changes nothing
+    keeping.cancel()
