@@ -60,8 +60,20 @@ class OpenLoop(StreamingUser):
         self.launch(self.deck.draw(self.rng), self.next_at)
 
 
+@events.init.add_listener
+def before(environment: Environment, **_: Any) -> None:
+    if environment.parsed_options.headless:
+        prepare(environment)  # here, before ``--run-time`` begins to count
+
+
 @events.test_start.add_listener
-def prepare(environment: Environment, **_: Any) -> None:
+def start(environment: Environment, **_: Any) -> None:
+    if not environment.parsed_options.headless:
+        prepare(environment)  # only now has the page given the host
+    OpenLoop.load_run = Run.open(environment, "benchmark")
+
+
+def prepare(environment: Environment) -> None:
     options = environment.parsed_options
     OpenLoop.load_run = None
     maker = prompt_maker(environment)
@@ -72,7 +84,6 @@ def prepare(environment: Environment, **_: Any) -> None:
         refuse(environment, str(error))
     OpenLoop.rate, OpenLoop.burstiness = options.rate, options.burstiness
     OpenLoop.numbers, OpenLoop.seed = count(), options.seed
-    OpenLoop.load_run = Run.open(environment, "benchmark")
 
 
 @events.test_stop.add_listener

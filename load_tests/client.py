@@ -109,9 +109,14 @@ def _attempt(
 def _read_stream(response: CompatResponse, meter: StreamMeter) -> None:
     # The raw response: the public ``iter_content`` waits for a full block, which would hide when
     # each event came, and takes a cut connection for a normal end.
-    raw = response._response
-    while line := raw.readline(b"\n"):
-        meter.line(line, perf_counter())
+    raw, now = response._response, perf_counter()
+    while True:
+        waits = b"\n" not in raw._body_buffer  # lines that came together have one time
+        line = raw.readline(b"\n")
+        if not line:
+            return
+        now = perf_counter() if waits else now
+        meter.line(line, now)
 
 
 def _refusal(response: CompatResponse) -> str:

@@ -55,8 +55,20 @@ class Sweep(StreamingUser):
         runner.stop() if self.environment.web_ui else runner.quit()
 
 
+@events.init.add_listener
+def before(environment: Environment, **_: Any) -> None:
+    if environment.parsed_options.headless:
+        prepare(environment)  # here, before ``--run-time`` begins to count
+
+
 @events.test_start.add_listener
-def prepare(environment: Environment, **_: Any) -> None:
+def start(environment: Environment, **_: Any) -> None:
+    if not environment.parsed_options.headless:
+        prepare(environment)  # only now has the page given the host
+    Sweep.load_run = Run.open(environment, "long-context")
+
+
+def prepare(environment: Environment) -> None:
     options = environment.parsed_options
     Sweep.load_run = None
     maker = prompt_maker(environment)
@@ -65,7 +77,6 @@ def prepare(environment: Environment, **_: Any) -> None:
         Sweep.left = sweep(maker, lengths, options.repeats, options.output_tokens)
     except ValueError as error:
         refuse(environment, str(error))
-    Sweep.load_run = Run.open(environment, "long-context")
 
 
 @events.test_stop.add_listener

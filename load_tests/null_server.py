@@ -14,6 +14,7 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
+from time import perf_counter
 from typing import Any
 
 import uvicorn
@@ -35,6 +36,8 @@ class Manners:
     fault: str | None = None
     fault_every: int = 1
     retry_after_s: int = 1
+    template_tokens: int = 0  # what a chat template adds to a prompt
+    tokenize: bool = True  # whether there is a /tokenize route
 
 
 class NullServer:
@@ -52,15 +55,15 @@ class NullServer:
         path = scope["path"]
         if path in ("/v1/chat/completions", "/v1/completions"):
             await self._complete(json.loads(body), send, chat="chat" in path)
-        elif path == "/tokenize":
-            await _answer(send, 200, {"count": len(_prompt(json.loads(body)).encode())})
+        elif path == "/tokenize" and self.manners.tokenize:
+            await _answer(send, 200, {"count": self._count(json.loads(body))})
         elif path == "/v1/models":
             await _answer(send, 200, {"object": "list", "data": [{"id": "null"}]})
         else:
             await _answer(send, 404, {"error": {"message": f"no route {path}"}})
 
     async def _complete(self, request: dict[str, Any], send: Send, *, chat: bool) -> None:
-        arrived = asyncio.get_running_loop().time()
+        arrived = perf_counter()
         manners = self.manners
         faulty = next(self._requests) % manners.fault_every == 0
         fault = manners.fault if faulty else None
@@ -69,12 +72,16 @@ class NullServer:
             await _answer(send, int(fault), {"error": {"message": f"told to say {fault}"}}, wait)
             return
         tokens = manners.tokens or int(request.get("max_tokens", 16))
+        usage = {"prompt_tokens": self._count(request), "completion_tokens": tokens}
         if request.get("stream"):
-            usage = {"prompt_tokens": len(_prompt(request).encode()), "completion_tokens": tokens}
             await self._stream(send, arrived, tokens, usage, fault, chat=chat)
         else:
             await asyncio.sleep((manners.ttft_ms + tokens * manners.itl_ms) / 1e3)
-            await _answer(send, 200, _event("x" * tokens, chat=chat, stream=False))
+            answer = _event("x" * tokens, chat=chat, stream=False)
+            await _answer(send, 200, {**answer, "usage": usage})
+
+    def _count(self, request: dict[str, Any]) -> int:
+        return self.manners.template_tokens + len(_prompt(request).encode())
 
     async def _stream(
         self,
@@ -107,8 +114,9 @@ class NullServer:
 
 
 async def _until(due: float) -> None:
-    """Sleep until the loop's clock says ``due``; its timers may ring a little early."""
-    while (left := due - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110
+    """Sleep until ``due`` (``perf_counter`` seconds). The event loop's own clock and timers may
+    tick in milliseconds, so they are not to be trusted alone."""
+    while (left := due - perf_counter()) > 0:  # noqa: ASYNC110
         await asyncio.sleep(left)
 
 
@@ -167,6 +175,8 @@ def main() -> None:
     parser.add_argument("--fault", choices=FAULTS)
     parser.add_argument("--fault-every", type=int, default=1)
     parser.add_argument("--retry-after-s", type=int, default=1)
+    parser.add_argument("--template-tokens", type=int, default=0)
+    parser.add_argument("--no-tokenize", dest="tokenize", action="store_false")
     options = vars(parser.parse_args())
     port = options.pop("port")
     app = NullServer(Manners(**options))

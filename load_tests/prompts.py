@@ -226,25 +226,29 @@ def count_bytes(text: str) -> int:
 
 
 def server_count(host: str, model: str, headers: dict[str, str], *, chat: bool) -> Count:
-    """A `Count` that asks the server's ``/tokenize`` route; bytes, where it has none.
+    """A `Count` that asks the server: its ``/tokenize`` route or, where it has none, the usage of a
+    one-token answer. A byte-level model shows in two look-ups and is counted here from then on."""
+    path = "/v1/chat/completions" if chat else "/v1/completions"
 
-    Byte-level servers are recognised by two look-ups and counted here from then on.
-    """
-
-    def count(text: str) -> int:
+    def by_route(text: str) -> int:
         body = {"model": model, **prompt_field(text, chat=chat)}
-        answer = fetch(host + "/tokenize", headers, body)
-        return int(answer["count"])
+        return int(fetch(host + "/tokenize", headers, body)["count"])
+
+    def by_usage(text: str) -> int:
+        body = {"model": model, "max_tokens": 1, **prompt_field(text, chat=chat)}
+        return int(fetch(host + path, headers, body)["usage"]["prompt_tokens"])
 
     short, long = "The harbour waits. ", "A narrow bridge, 4096 steps, turns by the old mill. "
+    count: Count = by_route
     try:
-        template = count(short) - count_bytes(short)
-        if count(long) - count_bytes(long) != template:
-            return count
+        template = by_route(short) - count_bytes(short)
     except urllib.error.HTTPError as error:
         if error.code not in (404, 405, 501):
             raise
-        template = 0
+        count = by_usage
+        template = by_usage(short) - count_bytes(short)
+    if count(long) - count_bytes(long) != template:
+        return count
     return lambda text: template + count_bytes(text)
 
 

@@ -117,7 +117,7 @@ def _distribution(axes: Axes, series: Series, metric: str, label: str) -> None:
             axes.step(values, shares, where="post", lw=2, label=name, **style)
     axes.set(xlabel=label, ylabel="requests within (%)", ylim=(0, 103), xscale="log")
     _plain_ticks(axes.xaxis)
-    axes.legend(title="prompt tokens" if _numbers(series) else None, loc="lower right")
+    _legend(axes, series)
 
 
 def against_length(axes: Axes, series: Series) -> None:
@@ -129,8 +129,7 @@ def against_length(axes: Axes, series: Series) -> None:
     axes.set(xscale="log", yscale="log")
     _plain_ticks(axes.xaxis, base=2)
     _plain_ticks(axes.yaxis)
-    if not _numbers(series):
-        axes.legend(loc="upper left")
+    _legend(axes, series)
 
 
 def over_time(axes: Axes, series: Series) -> None:
@@ -147,15 +146,18 @@ def over_time(axes: Axes, series: Series) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _numbers(series: Series) -> bool:
-    """Whether the classes are named by their length, as a sweep's are."""
-    return all(name.isdigit() for name in series)
+def _legend(axes: Axes, series: Series) -> None:
+    """Above the plot, where it hides nothing; classes of a sweep are named by their length."""
+    title = "prompt tokens" if all(name.isdigit() for name in series) else None
+    columns = min(len(series), 5)
+    axes.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
 
 
 def _plain_ticks(axis: Axis, base: int = 10) -> None:
     """Ticks of a log axis as plain numbers, few enough not to touch."""
-    subs = (1, 2, 5) if base == 10 else (1,)
-    axis.set_major_locator(LogLocator(base, subs, numticks=8))
+    low, high = axis.get_view_interval()
+    tens = (1, 3) if high > 30 * low else (1, 2, 5)
+    axis.set_major_locator(LogLocator(base, tens if base == 10 else (1,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_formatter(NullFormatter())
 

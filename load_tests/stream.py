@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 Outcome = Literal["ok", "failed", "rejected", "unfinished"]
@@ -27,7 +28,8 @@ class Record:
 
     ``ttft_ms`` and ``e2e_ms`` count from ``scheduled``, so that a client or a queue that is late
     shows as latency and never hides it. ``itl_ms`` is the mean time of an output token after the
-    first; ``gaps_ms`` are the times between chunks, which may carry several tokens each.
+    first; ``gaps_ms`` are the times between arrivals of content, each of which may be several
+    tokens.
     """
 
     length_class: str
@@ -114,8 +116,8 @@ class StreamMeter:
             return
         first, last = self.content_at[0], self.content_at[-1]
         record.ttft_ms = 1e3 * (first - scheduled)
-        pairs = zip(self.content_at, self.content_at[1:], strict=False)
-        record.gaps_ms = [round(1e3 * (after - before), 3) for before, after in pairs]
+        arrivals = pairwise(dict.fromkeys(self.content_at))  # events that came together are one
+        record.gaps_ms = [round(1e3 * (after - before), 3) for before, after in arrivals]
         if isinstance(self.output_tokens, int) and self.output_tokens > 1:
             record.itl_ms = 1e3 * (last - first) / (self.output_tokens - 1)
 

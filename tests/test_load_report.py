@@ -98,9 +98,12 @@ def test_labels_have_units_and_do_not_overlap(
     for axis in (axes.xaxis, axes.yaxis):
         low, high = sorted(axis.get_view_interval())
         seen = [t for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
-        boxes = [tick.label1.get_window_extent() for tick in seen]
+        boxes = [tick.label1.get_window_extent().padded(2) for tick in seen]
         assert len(boxes) >= 2
         assert not any(one.overlaps(other) for one, other in pairwise(boxes))
         assert any(
             unit in axis.get_label_text() for unit in ("(ms)", "(s)", "(%)", "(tokens)", "/s")
         )
+    if legend := axes.get_legend():
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent().padded(-1))
+        assert canvas.bbox.containsx(legend.get_window_extent().x1)

@@ -68,6 +68,15 @@ def test_benchmark_measures_what_the_server_was_told(tmp_path: Path) -> None:
         assert f"{kind:9}short" in run.out  # Locust's own table
 
 
+@pytest.mark.parametrize("route", [(), ("--no-tokenize",)])
+def test_lengths_count_the_chat_template(tmp_path: Path, route: tuple[str, ...]) -> None:
+    with null_server("--template-tokens", "11", *route) as host:
+        run = benchmark(host, tmp_path / "run", "-t", "1s")
+    assert run.records
+    assert all(r["prompt_tokens"] == r["prompt_tokens_asked"] for r in run.records)
+    assert 900 in {record["prompt_tokens"] for record in run.records}
+
+
 def test_chunks_of_several_tokens_keep_gap_and_itl_apart(tmp_path: Path) -> None:
     with null_server("--itl-ms", "5", "--tokens-per-chunk", "4") as host:
         run = benchmark(host, tmp_path / "run")

@@ -39,7 +39,8 @@ def test_the_clock_stops_at_the_first_content_and_not_at_the_role() -> None:
     meter = meter_of(
         (10.1, data({"choices": [{"delta": {"role": "assistant", "content": ""}}]})),
         (10.5, content("a")),
-        (10.6, content("bc")),
+        (10.6, content("b")),
+        (10.6, content("c")),
         (10.8, content("d")),
         (10.8, data({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 4}})),
         (10.9, b"data: [DONE]\n"),
@@ -51,7 +52,7 @@ def test_the_clock_stops_at_the_first_content_and_not_at_the_role() -> None:
     assert (record.prompt_tokens, record.output_tokens) == (7, 4)
     assert record.ttft_ms == pytest.approx(500)
     assert record.gaps_ms == pytest.approx([100, 200])
-    assert record.itl_ms == pytest.approx(100)  # three tokens after the first, in two chunks
+    assert record.itl_ms == pytest.approx(100)  # three tokens after the first, in two arrivals
     assert record.e2e_ms == pytest.approx(900)
 
 
