@@ -31,7 +31,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app import request as wire
 from serve_app.capacity import cache_groups, held_blocks, kv_tokens
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, LocalAttentionError
 from serve_app.local_attention.plan import plan_in_force
 from serve_app.pattern import FULL, LayerRule
 from serve_app.request import EngineInfo, EngineLoad
@@ -246,6 +246,12 @@ class Engine:
         for name, value in args.items():
             setattr(namespace, name, value)
         config = AsyncEngineArgs.from_cli_args(namespace).create_engine_config()
+        plan = plan_in_force(config)
+        if plan is None and "local_attention" in (args.get("additional_config") or {}):
+            raise LocalAttentionError(
+                "local_attention is configured, but vLLM did not load the plugin that honours it; "
+                "let VLLM_PLUGINS, if set, name local_attention."
+            )
         load = LoadLogger()
         # vLLM wants a factory for each engine; there is one engine here.
         llm = CountingLLM.from_vllm_config(config, stat_loggers=[lambda *_: load])
@@ -255,7 +261,6 @@ class Engine:
         token = secrets.token_urlsafe(24)
         door = Door(app, token)
         port = Port(door, host)
-        plan = plan_in_force(config)
         rules = plan.rules if plan else (FULL,)
         info = EngineInfo(
             replica=replica,
@@ -291,5 +296,6 @@ def _kv_room(config: Any, rules: tuple[LayerRule, ...]) -> int:
     length: int = config.model_config.max_model_len
     blocks: int = config.cache_config.num_gpu_blocks
     size: int = config.cache_config.block_size
-    held = sum(held_blocks(group.rule, length, size) for group in cache_groups(rules))
+    hybrid = not config.scheduler_config.disable_hybrid_kv_cache_manager
+    held = sum(held_blocks(group.rule, length, size) for group in cache_groups(rules, hybrid))
     return int(blocks / held * kv_tokens(rules, length))
