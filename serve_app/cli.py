@@ -94,7 +94,7 @@ def serve(
 
 def _serve_run(deployment: Path, url: str) -> int:
     """Run Ray's own command in the foreground and report readiness. Returns its exit code."""
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(deployment)]
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(deployment)]  # `serve run`
     # A shell's background job ignores SIGINT, and the child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     child = subprocess.Popen(command, env={**_QUIET, **os.environ})
