@@ -98,7 +98,7 @@ def test_another_pin_means_another_environment(tmp_path: Path) -> None:
 
     def stamp() -> str:
         plan = subprocess.run(
-            ["make", "-n", "install", "EXTRA=cpu"],
+            ["make", "-n", "--no-print-directory", "install", "EXTRA=cpu"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
