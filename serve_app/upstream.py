@@ -46,10 +46,12 @@ class Reply:
         self.content_type = response.headers.get("content-type", "application/json")
         self.prompt_tokens = int(response.headers.get(PROMPT_TOKENS_HEADER, 0))
         self.refused = REFUSED_HEADER in response.headers
+        self._whole = False  # whether the first bytes are all there is to pass on
         if (error := _error_event(first)) and self.status == 200:
             response.close()
             self.status, first = error
             self.content_type = "application/json"
+            self._whole = True
         self.first = first
         self.too_long = _too_long(self.status, first)
 
@@ -62,7 +64,9 @@ class Reply:
         yield self.first
         content = self._response.content
         try:
-            while not self._response.closed and not content.at_eof():
+            # Not "until the response is closed": it closes when its end has arrived, though a slow
+            # client may have left much of it in the buffer.
+            while not self._whole and not content.at_eof():
                 async with asyncio.timeout(self._inter_token_timeout_s):
                     chunk = await content.readany()
                 yield chunk

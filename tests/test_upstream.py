@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -68,6 +69,30 @@ async def test_a_stream_is_open_at_its_first_bytes(
 
     reply = await upstream.open(await serve(handler), CALL)
     assert b"".join([chunk async for chunk in reply.chunks()]) == b"data: 1\n\ndata: 2\n\n"
+
+
+async def test_a_slow_reader_gets_the_end_of_a_stream_that_came_before_it_read_on(
+    serve: Callable[[Handler], Awaitable[EngineInfo]], upstream: Upstream
+) -> None:
+    ended = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await ended.wait()
+        await response.write(b"data: 2\n\ndata: [DONE]\n\n")
+        return response
+
+    reply = await upstream.open(await serve(handler), CALL)
+    chunks = reply.chunks()
+    first = await anext(chunks)
+    arrived = asyncio.Event()
+    reply._response.content.on_eof(arrived.set)
+    ended.set()
+    await arrived.wait()  # the whole answer is here, unread
+    rest = b"".join([chunk async for chunk in chunks])
+    assert first + rest == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
 
 
 async def test_an_error_event_before_the_first_token_gets_its_status_back(
