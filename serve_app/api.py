@@ -20,10 +20,19 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serve_app.config import AppConfig
-from serve_app.errors import BodyTooLarge, EngineError, InvalidRequest, NotFound, RequestError
+from serve_app.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    EngineError,
+    HeadersTooLarge,
+    InvalidRequest,
+    NotFound,
+    RequestError,
+)
 from serve_app.guard import check_body
 from serve_app.keys import ApiKey, KeyRing
 from serve_app.lengths import Estimate, LengthEstimator
@@ -34,7 +43,10 @@ from serve_app.router import Answer, Router
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_CLIENT_CLOSED = 499  # nginx's status for a client that left; it is only counted, never sent
+_CLIENT_CLOSED = 499  # nginx's status for a client that left, which never sees it
+_MAX_HEADERS = 100
+_MAX_HEADER_BYTES = 32_768  # Serve's proxy has none of its own
+_LARGE_BODY_BYTES = 2**20
 
 
 def create_app(
@@ -49,16 +61,25 @@ def create_app(
     started = int(time.time())
 
     def admit(request: Request) -> ApiKey | None:
+        _check_headers(request)
         return keys.check(request.headers.get("authorization")) if keys else None
+
+    async def understand(raw: bytes, path: str) -> tuple[dict[str, Any], Estimate]:
+        """Check, parse and measure a body: a large one aside, so that streams flow meanwhile."""
+
+        def work() -> tuple[dict[str, Any], Estimate]:
+            body = check_body(raw, path, config.gateway.limits)
+            return body, lengths.estimate(body, len(raw))
+
+        return await asyncio.to_thread(work) if len(raw) > _LARGE_BODY_BYTES else work()
 
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         arrived = time.monotonic()
         key = admit(request)
-        raw = await _read_body(request, config.gateway.max_body_bytes)
-        body = check_body(raw, request.url.path, config.gateway.limits)
-        estimate = lengths.estimate(body, len(raw))
+        raw = await _read_body(request, config.max_body_bytes, config.gateway.body_timeout_s)
+        body, estimate = await understand(raw, request.url.path)
         if keys and key:
             keys.charge(key, estimate.total_tokens, arrived)
         call = Call(
@@ -110,6 +131,16 @@ def create_app(
     async def explain(_request: Request, error: RequestError) -> Response:
         metrics.sheds.labels(error.code).inc()
         return _error_response(error)
+
+    @app.exception_handler(ClientDisconnect)
+    async def note_absence(_request: Request, _error: ClientDisconnect) -> Response:
+        metrics.disconnects.inc()
+        return Response(status_code=_CLIENT_CLOSED)
+
+    @app.exception_handler(Exception)
+    async def hide(_request: Request, _error: Exception) -> Response:
+        # Starlette raises it again after this answer, so that the log has all of it.
+        return _error_response(RequestError("The gateway failed on this request."))
 
     @app.exception_handler(HTTPException)
     async def explain_http(request: Request, error: HTTPException) -> Response:
@@ -255,14 +286,32 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+def _check_headers(request: Request) -> None:
+    headers = request.headers.raw
+    size = sum(len(name) + len(value) for name, value in headers)
+    if len(headers) > _MAX_HEADERS or size > _MAX_HEADER_BYTES:
+        raise HeadersTooLarge(
+            f"The request has {len(headers)} headers of {size} bytes, but the limits are "
+            f"{_MAX_HEADERS} and {_MAX_HEADER_BYTES}."
+        )
+
+
+async def _read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+    too_large = BodyTooLarge(f"The body is larger than the limit of {limit} bytes.")
+    declared = request.headers.get("content-length", "")
+    if re.fullmatch(r"\d{1,18}", declared) and int(declared) > limit:
+        raise too_large
     parts = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes.")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError as error:
+        raise BodyTimeout(f"The body did not arrive within {timeout_s:g} s.") from error
     return b"".join(parts)
 
 

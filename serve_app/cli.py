@@ -81,12 +81,17 @@ def serve(
     deployment: Annotated[
         Path, typer.Argument(help="Serve's deployment file.", metavar="DEPLOY.YAML")
     ] = Path("deploy.yaml"),
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without API keys.")
+    ] = False,
 ) -> None:
     """Check the configuration, then `serve run` it, and say when it is ready."""
     from serve_app import preflight
 
     plan = preflight.read_deployment(deployment)
     preflight.check(plan)
+    if not insecure:
+        preflight.check_exposure(plan)
     if os.environ.get("RAY_ADDRESS", "local") == "local":  # else the cluster may be elsewhere
         preflight.check_machine(plan)
     raise typer.Exit(_serve_run(deployment, plan.url))

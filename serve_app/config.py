@@ -27,6 +27,11 @@ _OWNED_BY_POOL = {
 }
 
 
+# A token of plain text is about 4 bytes, of escaped Chinese about 10, of a run of spaces more.
+_BYTES_PER_TOKEN = 32
+_BODY_BYTES_BESIDE_PROMPT = 2**20  # tools, schemas, keys and quotes
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +44,10 @@ class GatewayConfig(_Strict):
 
     replicas: int = Field(default=1, ge=1, description="Fixed: shares are divided by it.")
     num_cpus: float = Field(default=0.5, gt=0)
-    max_body_bytes: int = Field(default=16 * 2**20, ge=1024)
+    max_body_bytes: int | None = Field(
+        default=None, ge=1024, description="By default what the longest pool's prompts may take."
+    )
+    body_timeout_s: float = Field(default=60, gt=0, description="For a body to arrive whole.")
     default_output_tokens: int = Field(
         default=256, ge=1, description="The output budget of a request that names none."
     )
@@ -130,6 +138,14 @@ class AppConfig(_Strict):
             limits[pool.max_model_len] = name
         return self
 
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body that is read: as configured, or enough for the longest pool."""
+        if self.gateway.max_body_bytes is not None:
+            return self.gateway.max_body_bytes
+        longest = max(pool.max_model_len for pool in self.pools.values())
+        return _BODY_BYTES_BESIDE_PROMPT + _BYTES_PER_TOKEN * longest
+
     def engine_args_of(self, pool_name: str) -> dict[str, Any]:
         """vLLM's engine arguments for one pool: the file's, then the pool's, then what it owns."""
         pool = self.pools[pool_name]
@@ -153,8 +169,8 @@ class AppConfig(_Strict):
 def load_config(path: str | Path) -> AppConfig:
     """Read and validate one configuration file.
 
-    A ``model`` that begins with ``.`` is a path relative to the file. Raises ``ConfigError``
-    with one line for each thing that is wrong.
+    A ``model`` that begins with ``.``, and ``gateway.api_keys_file``, are paths relative to the
+    file. Raises ``ConfigError`` with one line for each thing that is wrong.
     """
     path = Path(path)
     try:
@@ -168,6 +184,9 @@ def load_config(path: str | Path) -> AppConfig:
     model = raw.get("model")
     if isinstance(model, str) and model.startswith("."):
         raw = {**raw, "model": str((path.parent / model).resolve())}
+    gateway = raw.get("gateway")
+    if isinstance(gateway, dict) and isinstance(keys := gateway.get("api_keys_file"), str):
+        raw = {**raw, "gateway": {**gateway, "api_keys_file": str((path.parent / keys).resolve())}}
     try:
         return AppConfig.model_validate(raw)
     except ValidationError as error:

@@ -8,8 +8,6 @@
 
 import asyncio
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,7 +21,7 @@ from ray.util import get_node_ip_address
 from serve_app.api import create_app
 from serve_app.batching import BatchingLimits
 from serve_app.config import AppConfig, PoolConfig, load_config
-from serve_app.keys import KEYS_VARIABLE, KeyRing
+from serve_app.keys import read_keys
 from serve_app.metrics import GatewayMetrics
 from serve_app.request import EngineInfo
 from serve_app.router import Discover, Pool, Router, Share, keep_fresh
@@ -92,7 +90,7 @@ class GatewayDeployment:
         ]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._config, self._router, GatewayMetrics(), _keys(self._config))
+        return create_app(self._config, self._router, GatewayMetrics(), read_keys(self._config))
 
     async def check_health(self) -> None:
         for task in self._tasks:
@@ -104,16 +102,6 @@ class GatewayDeployment:
             task.cancel()
         if hasattr(self, "_upstream"):
             await self._upstream.close()
-
-
-def _keys(config: AppConfig) -> KeyRing | None:
-    """The API keys: of the configured file, or else of the environment, or None."""
-    gateway = config.gateway
-    if gateway.api_keys_file is not None:
-        text = Path(gateway.api_keys_file).read_text(encoding="utf-8")
-    else:
-        text = os.environ.get(KEYS_VARIABLE, "")
-    return KeyRing.parse(text, gateway.replicas) if text else None
 
 
 def _pool(config: AppConfig, name: str) -> Pool:

@@ -10,8 +10,10 @@
         │   └── PromptTooLong       400  longer than every pool
         ├── Unauthorized          401
         ├── NotFound              404  unknown route or model
+        ├── BodyTimeout           408  the body did not arrive in time
         ├── BodyTooLarge          413
         ├── Overloaded            429  a queue is full; carries ``retry_after``
+        ├── HeadersTooLarge       431
         ├── EngineError           502  an engine died
         │   └── EngineSilent        502  an engine is alive but sends nothing
         ├── Unavailable           503  no engine is alive; carries ``retry_after``
@@ -92,6 +94,18 @@ class BodyTooLarge(RequestError):
     status = 413
     kind = "invalid_request_error"
     code = "body_too_large"
+
+
+class BodyTimeout(RequestError):
+    status = 408
+    kind = "invalid_request_error"
+    code = "body_timeout"
+
+
+class HeadersTooLarge(RequestError):
+    status = 431
+    kind = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class Overloaded(RequestError):

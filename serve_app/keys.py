@@ -20,12 +20,15 @@ Usage, in the edge, one ring for each gateway::
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from hashlib import sha256
 from hmac import compare_digest
+from pathlib import Path
 from typing import Self
 
+from serve_app.config import AppConfig
 from serve_app.errors import ConfigError, Overloaded, Unauthorized
 
 KEYS_VARIABLE = "LOCAL_ATTENTION_API_KEYS"  # the same lines, where no file is named
@@ -145,6 +148,21 @@ class KeyRing:
         """Return what a request was charged for and did not use."""
         if (bucket := self._buckets.get(key.name)) is not None:
             bucket.give_back(max(0, tokens))
+
+
+def read_keys(config: AppConfig) -> KeyRing | None:
+    """The ring of the configured file, or else of the environment; None where anybody may ask.
+
+    Raises ``ConfigError``.
+    """
+    file, gateways = config.gateway.api_keys_file, config.gateway.replicas
+    if file is None:
+        text = os.environ.get(KEYS_VARIABLE, "")
+        return KeyRing.parse(text, gateways) if text else None
+    try:
+        return KeyRing.parse(Path(file).read_text(encoding="utf-8"), gateways)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The file of API keys {file} cannot be read: {error}.") from error
 
 
 def _parse_fields(fields: list[str], number: int) -> ApiKey:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import ipaddress
 import math
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import yaml
 
 from serve_app.config import AppConfig, load_config
 from serve_app.errors import ConfigError
+from serve_app.keys import KEYS_VARIABLE, read_keys
 
 GIB = 2**30
 # Resident memory of an engine's three processes (replica, engine core, worker) beside weights and
@@ -60,7 +62,8 @@ def read_deployment(path: Path) -> Deployment:
         (application,) = raw["applications"]
         config_path = Path(application["args"]["config"])
         http = raw.get("http_options") or {}
-        host, port = str(http.get("host", "127.0.0.1")), int(http.get("port", 8000))
+        # Serve's own default is every address.
+        host, port = str(http.get("host", "0.0.0.0")), int(http.get("port", 8000))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} must hold one application whose args name a config, such as "
@@ -76,6 +79,17 @@ def check(deployment: Deployment) -> None:
     check_port(deployment.host, deployment.port)
 
 
+def check_exposure(deployment: Deployment) -> None:
+    """Refuse to listen where others can reach the port while anybody may ask."""
+    if _is_loopback(deployment.host) or read_keys(deployment.config) is not None:
+        return
+    raise ConfigError(
+        f"http_options.host is {deployment.host}, which others may reach, and no API keys are set. "
+        f"Set gateway.api_keys_file or {KEYS_VARIABLE}, or the host 127.0.0.1, or give --insecure "
+        "where something else guards the port."
+    )
+
+
 def check_machine(deployment: Deployment) -> None:
     """Raise ``ConfigError`` when this machine lacks the model, the GPUs or the memory."""
     check_model(deployment.config.model)
@@ -83,6 +97,13 @@ def check_machine(deployment: Deployment) -> None:
         check_gpus(deployment, visible_gpus())
     else:
         check_memory(deployment, available_memory())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_engine_args(args: dict[str, Any]) -> None:

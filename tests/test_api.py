@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from serve_app.api import create_app
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, GatewayConfig
 from serve_app.errors import EngineError
 from serve_app.keys import KeyRing, hash_key
 from serve_app.metrics import GatewayMetrics
@@ -23,7 +23,7 @@ CONFIG = AppConfig.model_validate(
         "model": "m",
         "served_model_name": "demo",
         "device": "cpu",
-        "gateway": {"max_body_bytes": 4096},
+        "gateway": {"max_body_bytes": 4096, "body_timeout_s": 0.05},
         "pools": {"short": {"max_model_len": 1024}},
     }
 )
@@ -62,7 +62,12 @@ class FakeReply:
 class Gateway:
     """An application with one pool of one engine, which answers with ``reply``."""
 
-    def __init__(self, reply: FakeReply | None, keys: KeyRing | None = None) -> None:
+    def __init__(
+        self,
+        reply: FakeReply | None,
+        keys: KeyRing | None = None,
+        config: AppConfig = CONFIG,
+    ) -> None:
         self.pool = Pool("short", 1024)
         self.calls: list[Call] = []
         if reply is not None:
@@ -74,7 +79,7 @@ class Gateway:
             return reply
 
         self.metrics = GatewayMetrics()
-        self.app = create_app(CONFIG, Router([self.pool], open_call), self.metrics, keys)
+        self.app = create_app(config, Router([self.pool], open_call), self.metrics, keys)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app), base_url="http://gateway"
         )
@@ -130,6 +135,58 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_read_whole() -> Non
     assert sent < 10 * CONFIG.gateway.max_body_bytes
 
 
+async def test_a_declared_length_over_the_limit_is_refused_before_anything_is_read() -> None:
+    client = Client(b"", more=True)
+    client.scope["headers"] = [(b"content-length", b"4097")]
+    await Gateway(FakeReply()).app(client.scope, client.receive, client.send)  # type: ignore[arg-type]
+    assert client.status == 413
+    assert client.unread == 1
+
+
+async def test_a_body_that_does_not_come_in_time_is_refused() -> None:
+    client = Client(b"{", more=True)
+    gateway = Gateway(FakeReply())
+    await gateway.app(client.scope, client.receive, client.send)  # type: ignore[arg-type]
+    assert client.status == 408
+    assert gateway.count("gateway_sheds_total", reason="body_timeout") == 1
+
+
+async def test_a_client_that_leaves_before_its_body_was_read_is_no_error() -> None:
+    client = Client(b"{", more=True)
+    client.leave()
+    gateway = Gateway(FakeReply())
+    await gateway.app(client.scope, client.receive, client.send)  # type: ignore[arg-type]
+    assert gateway.count("gateway_disconnects_total") == 1
+
+
+@pytest.mark.parametrize(
+    "headers", [[("x-a", "b")] * 101, [("x-a", "b" * 33_000)]], ids=["many", "long"]
+)
+async def test_headers_have_limits(headers: list[tuple[str, str]]) -> None:
+    answer = await Gateway(FakeReply()).http.post("/v1/completions", json=ASK, headers=headers)
+    assert answer.status_code == 431
+    assert answer.json()["error"]["code"] == "headers_too_large"
+
+
+async def test_a_large_body_is_understood_too() -> None:
+    roomy = CONFIG.model_copy(update={"gateway": GatewayConfig(max_body_bytes=2**21)})
+    gateway = Gateway(FakeReply(b"{}"), config=roomy)
+    body = {**ASK, "prompt": "word " * 2**18}  # over 1 MiB, which is parsed in a thread
+    assert (await gateway.http.post("/v1/completions", json=body)).status_code == 200
+    refused = await gateway.http.post("/v1/completions", json={**body, "n": 0})
+    assert refused.json()["error"]["param"] == "n"
+
+
+async def test_a_failure_of_our_own_is_one_sentence_in_openais_shape() -> None:
+    gateway = Gateway(FakeReply())
+    gateway.pool.lease = None  # type: ignore[assignment,method-assign]
+    transport = httpx.ASGITransport(gateway.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+        answer = await http.post("/v1/completions", json=ASK)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+
+
 async def test_a_wrong_method_and_an_unknown_path_keep_their_status() -> None:
     http = Gateway(FakeReply()).http
     assert (await http.get("/v1/completions")).status_code == 405
@@ -161,11 +218,12 @@ async def test_metrics_count_answers_and_show_engines() -> None:
 class Client:
     """A client at the level of ASGI, because only there can it leave at a chosen moment."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, *, more: bool = False) -> None:
         self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self._messages.put_nowait({"type": "http.request", "body": body, "more_body": more})
+        self.status = 0
         self.got_bytes = asyncio.Event()
-        self.scope = {
+        self.scope: dict[str, Any] = {
             "type": "http",
             "method": "POST",
             "path": "/v1/completions",
@@ -178,8 +236,14 @@ class Client:
         return await self._messages.get()
 
     async def send(self, message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
         if message["type"] == "http.response.body" and message["body"]:
             self.got_bytes.set()
+
+    @property
+    def unread(self) -> int:
+        return self._messages.qsize()
 
     def leave(self) -> None:
         self._messages.put_nowait({"type": "http.disconnect"})

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from serve_app import cli
 from serve_app.demo import model as demo
+from serve_app.keys import hash_key
 
 ROOT = Path(__file__).parent.parent
 ENGINE_ENV = {
@@ -91,7 +92,7 @@ def refusal(*args: str) -> str:
 def deployment(tmp_path: Path, model: Path) -> Callable[..., str]:
     """Writes a deployment file and its configuration, with the given changes."""
 
-    def write(port: int = 0, **changes: Any) -> str:
+    def write(port: int = 0, host: str = "127.0.0.1", **changes: Any) -> str:
         config = {
             "model": str(model),
             "served_model_name": "demo",
@@ -101,7 +102,7 @@ def deployment(tmp_path: Path, model: Path) -> Callable[..., str]:
         }
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         deploy = {
-            "http_options": {"host": "127.0.0.1", "port": port},
+            "http_options": {"host": host, "port": port},
             "applications": [{"args": {"config": str(tmp_path / "config.yaml")}}],
         }
         (tmp_path / "deploy.yaml").write_text(yaml.safe_dump(deploy))
@@ -143,6 +144,18 @@ def test_serve_refuses_a_port_in_use(deployment: Callable[..., str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"Port {port} of 127.0.0.1" in refusal("serve", deployment(port))
+
+
+def test_serve_refuses_to_be_reached_by_others_without_keys(
+    deployment: Callable[..., str], tmp_path: Path
+) -> None:
+    huge = {"huge": {"max_model_len": 64, "env": {"VLLM_CPU_KVCACHE_SPACE": "1000000"}}}
+    path = deployment(host="0.0.0.0", pools=huge)
+    assert "no API keys are set" in refusal("serve", path)
+    assert "GiB is available" in refusal("serve", "--insecure", path)  # past that check
+    (tmp_path / "keys").write_text(f"alice {hash_key('k')}")
+    path = deployment(host="0.0.0.0", pools=huge, gateway={"api_keys_file": "keys"})
+    assert "GiB is available" in refusal("serve", path)
 
 
 def test_serve_refuses_an_unknown_key(deployment: Callable[..., str]) -> None:

@@ -33,6 +33,16 @@ def test_a_relative_model_is_relative_to_the_file(tmp_path: Path) -> None:
     assert load(tmp_path, whole(model="Qwen/Qwen3-0.6B")).model == "Qwen/Qwen3-0.6B"
 
 
+def test_the_keys_file_is_relative_to_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, whole(gateway={"api_keys_file": "keys"}))
+    assert config.gateway.api_keys_file == str(tmp_path / "keys")
+
+
+def test_bodies_may_be_as_large_as_the_longest_pool_needs(tmp_path: Path) -> None:
+    assert load(tmp_path, whole()).max_body_bytes == 2**20 + 32 * 8192
+    assert load(tmp_path, whole(gateway={"max_body_bytes": 4096})).max_body_bytes == 4096
+
+
 def test_a_pools_arguments_win_over_the_files(tmp_path: Path) -> None:
     pool = {
         "max_model_len": 1024,

@@ -23,7 +23,7 @@ WITHIN_LAYER = {
     "request": {"errors", "pattern"},
     "metrics": {"request"},
     "guard": {"errors"},
-    "keys": {"errors"},
+    "keys": {"config", "errors"},
     "batching": {"balance"},
     "advice": {"model_config"},
     "cli": {"advice", "preflight"},

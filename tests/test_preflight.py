@@ -11,6 +11,7 @@ import pytest
 from serve_app import preflight
 from serve_app.config import AppConfig
 from serve_app.errors import ConfigError
+from serve_app.keys import KEYS_VARIABLE, hash_key
 from serve_app.preflight import GIB, Deployment
 
 
@@ -104,3 +105,31 @@ def test_the_url_is_one_that_a_client_can_use(tmp_path: Path) -> None:
     plan = deployment(tmp_path)
     assert plan.url == "http://127.0.0.1:8000"
     assert dataclasses.replace(plan, host="0.0.0.0").url == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_this_machine_alone_needs_no_keys(tmp_path: Path, host: str) -> None:
+    preflight.check_exposure(dataclasses.replace(deployment(tmp_path), host=host))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gateway.example"])
+def test_others_need_keys(tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dataclasses.replace(deployment(tmp_path), host=host)
+    with pytest.raises(ConfigError, match=f"{host}.*no API keys"):
+        preflight.check_exposure(plan)
+    monkeypatch.setenv(KEYS_VARIABLE, f"alice {hash_key('k')}")
+    preflight.check_exposure(plan)
+
+
+def test_a_keys_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    plan = deployment(tmp_path, gateway={"api_keys_file": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match="none cannot be read"):
+        preflight.check_exposure(dataclasses.replace(plan, host="0.0.0.0"))
+
+
+def test_a_deployment_without_a_host_is_reached_by_others(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "{model: m, served_model_name: m, device: cpu, pools: {only: {max_model_len: 64}}}"
+    )
+    (tmp_path / "d.yaml").write_text(f"applications: [{{args: {{config: {tmp_path}/c.yaml}}}}]")
+    assert preflight.read_deployment(tmp_path / "d.yaml").host == "0.0.0.0"  # Serve's default
