@@ -15,6 +15,7 @@ from itertools import count
 from time import perf_counter
 from typing import Any, ClassVar
 
+import gevent
 from locust import events, task
 from locust.env import Environment
 
@@ -64,6 +65,7 @@ class OpenLoop(StreamingUser):
 def before(environment: Environment, **_: Any) -> None:
     if environment.parsed_options.headless:
         prepare(environment)  # here, before ``--run-time`` begins to count
+        gevent.sleep(0)  # the event loop's clock stood still: wake it, or the run is cut short
 
 
 @events.test_start.add_listener

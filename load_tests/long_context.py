@@ -59,6 +59,7 @@ class Sweep(StreamingUser):
 def before(environment: Environment, **_: Any) -> None:
     if environment.parsed_options.headless:
         prepare(environment)  # here, before ``--run-time`` begins to count
+        gevent.sleep(0)  # the event loop's clock stood still: wake it, or the run is cut short
 
 
 @events.test_start.add_listener
