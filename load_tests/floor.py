@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from load_tests.drive import open_loop
+from load_tests.null_server import null_server
 from load_tests.stream import Ask, Record
 from load_tests.summary import figure, percentile
 
 Floor = dict[str, float | int]
 
 MOST_ITL_MS = 50.0  # a slow engine's pace would keep the replay open for minutes
-
-
-@contextmanager
-def null_server(*arguments: str) -> Iterator[str]:
-    """A null server in a process of its own; yields its base URL."""
-    command = [sys.executable, "-m", "load_tests.null_server", "--port", "0", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        finally:
-            process.terminate()
 
 
 def client_floor(

@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -22,6 +26,7 @@ import uvicorn
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
+ROOT = Path(__file__).parents[1]
 FAULTS = ("error-event", "no-done", "empty", "cut", "400", "429", "503", "hang")
 
 
@@ -165,6 +170,18 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
+@contextmanager
+def null_server(*arguments: str) -> Iterator[str]:
+    """A null server in a process of its own, on a free port; yields its base URL."""
+    command = [sys.executable, "-m", "load_tests.null_server", "--port", "0", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="An instant fake OpenAI server.")
     parser.add_argument("--port", type=int, default=8001, help="0 picks a free one")
@@ -181,7 +198,12 @@ def main() -> None:
     port = options.pop("port")
     app = NullServer(Manners(**options))
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=port, log_level="critical", timeout_graceful_shutdown=1
+        app,
+        host="127.0.0.1",
+        port=port,
+        log_level="critical",
+        timeout_keep_alive=75,  # longer than clients keep one: none finds it just closed
+        timeout_graceful_shutdown=1,
     )
     listener = config.bind_socket()
     print(listener.getsockname()[1], flush=True)  # who started us reads the port here

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.null import ROOT, null_server
+from load_tests.null_server import ROOT, null_server
 
 MIX = "short=0.7:150-300:16:500:50,long=0.3:900:16:1000:50"
 
@@ -61,6 +61,7 @@ def test_benchmark_measures_what_the_server_was_told(tmp_path: Path) -> None:
     )
     assert all(record["e2e_ms"] >= 60 + 15 * 8 for record in run.records)
     assert all(record["sent"] >= record["scheduled"] for record in run.records)
+    assert max(record["scheduled"] for record in run.records) > 2  # of the 3 s asked for
     assert run.summary["floor"]["failed"] == 0
     assert 0 < run.summary["floor"]["ttft_p50_ms"] < 20
     assert "VALID" in run.out
