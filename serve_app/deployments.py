@@ -151,10 +151,10 @@ def build(args: BuildArgs) -> serve.Application:
     return application(load_config(args.config))
 
 
-def application(config: AppConfig) -> serve.Application:
-    """One engine deployment for each pool, bound to a gateway."""
+def application(config: AppConfig, engine: type = EngineDeployment) -> serve.Application:
+    """One deployment of ``engine`` for each pool, bound to a gateway."""
     engines = {
-        name: serve.deployment(EngineDeployment)
+        name: serve.deployment(engine)
         .options(name=f"engine-{name}", **_engine_options(config, pool))
         .bind(config, name)
         for name, pool in config.pools.items()

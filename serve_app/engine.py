@@ -25,6 +25,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import FrontendArgs, make_arg_parser
 from vllm.exceptions import VLLMValidationError
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -245,7 +246,10 @@ class Engine:
         namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
         for name, value in args.items():
             setattr(namespace, name, value)
-        config = AsyncEngineArgs.from_cli_args(namespace).create_engine_config()
+        config = AsyncEngineArgs.from_cli_args(namespace).create_engine_config(
+            # vLLM's defaults for the size of a batch are four times larger for servers.
+            UsageContext.OPENAI_API_SERVER
+        )
         plan = plan_in_force(config)
         if plan is None and "local_attention" in (args.get("additional_config") or {}):
             raise LocalAttentionError(
@@ -272,6 +276,11 @@ class Engine:
             kv_tokens=_kv_room(config, rules),
         )
         return cls(llm, load, door, port, info)
+
+    @property
+    def app(self) -> AsgiApp:
+        """The application behind the port, for a caller in the same process."""
+        return self._door
 
     def describe(self) -> EngineInfo:
         return dataclasses.replace(self._info, load=self._load.load)
