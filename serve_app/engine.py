@@ -207,6 +207,8 @@ class Port:
     def __init__(self, app: AsgiApp, host: str) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, 0), family=family)
+        # Accepted sockets inherit it. Without it, plain asyncio delays each token by 40 ms.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
         self._server = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
