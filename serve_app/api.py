@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from serve_app import openapi
 from serve_app.config import AppConfig
 from serve_app.errors import (
     BodyTimeout,
@@ -73,8 +74,8 @@ def create_app(
 
         return await asyncio.to_thread(work) if len(raw) > _LARGE_BODY_BYTES else work()
 
-    @app.post("/v1/chat/completions")
-    @app.post("/v1/completions")
+    @app.post("/v1/chat/completions", openapi_extra=openapi.completion("messages"))
+    @app.post("/v1/completions", openapi_extra=openapi.completion("prompt"))
     async def complete(request: Request) -> Response:
         arrived = time.monotonic()
         key = admit(request)
