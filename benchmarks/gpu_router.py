@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--floods",
         type=floods,
-        default=floods("default/steps:0.9,default/pools:0.3"),
+        default=floods("default/steps:1,default/pools:0.3"),
         help=f"A/B:LOAD, commas; names are {', '.join(SYSTEMS)}",
     )
     parser.add_argument("--short-rate", type=float, default=20.0, help="requests/s")
