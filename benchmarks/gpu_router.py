@@ -27,10 +27,10 @@ PROMPT = 500  # bytes of text; the template makes it about 512 tokens
 
 SYSTEMS: dict[str, tuple[Kind, str]] = {  # kind and configuration
     "pools": ("ours", "pools"),  # one engine a pool: short and long
-    "mixed": ("ours", "mixed"),  # one pool of two engines
-    "steps": ("ours", "steps"),  # the same, and a long prompt may not fill a step
-    "default": ("default", "mixed"),
+    "steps": ("ours", "steps"),  # one pool of two engines
+    "mixed": ("ours", "mixed"),  # the same with vLLM's own steps
     "default-steps": ("default", "steps"),
+    "default": ("default", "mixed"),
 }
 
 
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--floods",
         type=floods,
-        default=floods("default/steps:1,default/pools:0.3"),
+        default=floods("default-steps/steps:1,default-steps/pools:0.3"),
         help=f"A/B:LOAD, commas; names are {', '.join(SYSTEMS)}",
     )
     parser.add_argument("--short-rate", type=float, default=20.0, help="requests/s")

@@ -13,8 +13,18 @@ from benchmarks.flood import Measured, Traffic, Writer, arrivals, table
 from benchmarks.session import System
 from load_tests.compare import Side
 from load_tests.stream import Record
+from serve_app.config import load_config
 
 MIX = (Traffic("short", 20.0, (32, 128), 16), Traffic("long", 2.0, (600, 800), 16))
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parent.parent / "benchmarks/configs").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
+def test_every_configuration_loads(path: Path) -> None:
+    assert load_config(path).pools
 
 
 def trace(seed: str, salts: int) -> list[tuple[float, bytes]]:
