@@ -182,6 +182,7 @@ class Relay(Response):
         self._metrics = metrics
         self._pool = "none"
         self._status = _CLIENT_CLOSED
+        self._chunks = 0
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -231,6 +232,7 @@ class Relay(Response):
         async with aclosing(_ending_in_words(answer.chunks(), self._call.id)) as chunks:
             async for chunk in chunks:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._chunks += 1
                 now = time.monotonic()
                 between.observe(now - last)
                 last = now
@@ -239,6 +241,7 @@ class Relay(Response):
     def _conclude(self) -> None:
         if self._status == _CLIENT_CLOSED:
             self._metrics.disconnects.inc()
+            self._metrics.wasted_chunks.inc(self._chunks)
         self._metrics.requests.labels(self._pool, str(self._status)).inc()
         self._metrics.duration.labels(self._pool).observe(self._elapsed())
         log.info(

@@ -390,8 +390,7 @@ def _check_names_and_numbers(body: Mapping[str, Any], limits: Limits) -> None:
     _integer(body, "seed", -_INT64, _INT64 - 1)
     _integer(body, "truncate_prompt_tokens", -1, _INT64 - 1)
     _integer(body, "stream_interval", 1, 1024)
-    if body.get("stream") not in (None, True, False):
-        _refuse("stream", f"The key stream must be true or false, but is {_show(body['stream'])}.")
+    _boolean(body, "stream")
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         _refuse(
@@ -434,11 +433,7 @@ def _check_output(body: Mapping[str, Any], limits: Limits) -> None:
 
 def _check_logprobs(body: Mapping[str, Any], route: str, limits: Limits) -> None:
     if route == CHAT:
-        if body.get("logprobs") not in (None, True, False):
-            _refuse(
-                "logprobs",
-                f"The key logprobs must be true or false, but is {_show(body['logprobs'])}.",
-            )
+        _boolean(body, "logprobs")
         _integer(body, "top_logprobs", 0, limits.logprobs)
     else:
         _integer(body, "logprobs", 0, limits.logprobs)
@@ -719,6 +714,13 @@ def _text(body: Mapping[str, Any], key: str, length: int) -> None:
         _refuse(key, f"The key {key} must be a string, but is {_show(value)}.")
     if len(value) > length:
         _refuse_length(key, len(value), length)
+
+
+def _boolean(body: Mapping[str, Any], key: str) -> None:
+    """True or false and nothing that vLLM would take for one, such as 1 or "yes"."""
+    value = body.get(key)
+    if value is not None and not isinstance(value, bool):
+        _refuse(key, f"The key {key} must be true or false, but is {_show(value)}.")
 
 
 def _integer(body: Mapping[str, Any], key: str, least: int, most: int) -> int | None:

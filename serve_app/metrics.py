@@ -37,6 +37,9 @@ class GatewayMetrics:
         self.misroutes = self._counter("misroutes", "Pools that found a request too long.")
         self.retries = self._counter("retries", "Engines that failed before the first token.")
         self.disconnects = self._counter("disconnects", "Clients that left before the end.")
+        self.wasted_chunks = self._counter(
+            "wasted_chunks", "Chunks of streams whose clients left before the end."
+        )
         self.estimated_tokens = self._counter("estimated_prompt_tokens", "As estimated.")
         self.exact_tokens = self._counter("exact_prompt_tokens", "Of the same, as counted.")
         self._pool_gauges = self._gauges(

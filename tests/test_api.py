@@ -263,6 +263,7 @@ async def test_a_client_that_leaves_closes_the_engines_answer(parts: tuple[bytes
         assert reply.closed.is_set()
     assert gateway.pool.loads()["e1"].requests == 0
     assert gateway.count("gateway_disconnects_total") == 1
+    assert gateway.count("gateway_wasted_chunks_total") == len(parts)
 
 
 @pytest.mark.parametrize("parts", [(b"data: 1\n\n",), ()])

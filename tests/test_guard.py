@@ -198,6 +198,7 @@ BOTH = [
     ("top_p a list", {"top_p": [1]}, "top_p", "must be a number"),
     ("seed 2**63", {"seed": 2**63}, "seed", "between -9223372036854775808"),
     ("stream text", {"stream": "yes"}, "stream", "true or false"),
+    ("stream 1", {"stream": 1}, "stream", "true or false"),
     ("stream_options a list", {"stream_options": []}, "stream_options", "an object"),
     ("a model of 2,000", {"model": "m" * 2000}, "model", "2000 characters"),
     ("model a list", {"model": ["m"]}, "model", "must be a string"),
