@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import random
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +17,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,9 +26,12 @@ STOP_TIMEOUT_S = 90
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the system gives to whoever asks for any while Serve starts."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _die_with_parent() -> None:
@@ -33,9 +40,14 @@ def _die_with_parent() -> None:
 
 
 class Server:
-    """A running application. ``url`` is its address; ``log`` is what it printed so far."""
+    """A running application. ``url`` is its address; ``log`` is what it printed so far.
 
-    def __init__(self, deploy: Path = ROOT / "deploy.yaml") -> None:
+    ``scale`` overrides the number of replicas of deployments such as ``engine-short``.
+    """
+
+    def __init__(
+        self, deploy: Path = ROOT / "deploy.yaml", scale: dict[str, int] | None = None
+    ) -> None:
         # Ray puts Unix sockets below this directory, and their paths may have 107 bytes only.
         self._directory = Path(tempfile.mkdtemp(prefix="la-", dir="/tmp"))
         port = free_port()
@@ -44,8 +56,8 @@ class Server:
         settings["http_options"]["port"] = port
         for application in settings["applications"]:
             application["args"]["config"] = str(ROOT / application["args"]["config"])
-        config = self._directory / "deploy.yaml"
-        config.write_text(yaml.safe_dump(settings))
+        self._settings = settings
+        config = self._write(scale or {})
         self._log = self._directory / "log"
         environment = os.environ | {
             "RAY_ADDRESS": "local",  # never join a cluster that happens to run here
@@ -64,9 +76,44 @@ class Server:
                 preexec_fn=_die_with_parent,
             )
 
+    def _write(self, scale: dict[str, int]) -> Path:
+        (application,) = self._settings["applications"]
+        application["deployments"] = [
+            {"name": name, "num_replicas": count} for name, count in scale.items()
+        ]
+        file = self._directory / "deploy.yaml"
+        file.write_text(yaml.safe_dump(self._settings))
+        return file
+
     @property
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    def scale(self, **replicas: int) -> None:
+        """Deploy the same file again with other numbers of replicas; returns at once.
+
+        ``engine_short=2`` means two replicas of the deployment ``engine-short``.
+        """
+        file = self._write({name.replace("_", "-"): count for name, count in replicas.items()})
+        dashboard = re.search(r"dashboard at \S*http://([\d.]+:\d+)", self.log)
+        assert dashboard, self.log
+        serve = str(Path(sys.executable).with_name("serve"))
+        subprocess.run(
+            [serve, "deploy", str(file), "--address", f"http://{dashboard.group(1)}"],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """The processes of a deployment's replicas, in the order in which they started."""
+        title = f"ray::ServeReplica:local-attention:{deployment}"
+        found = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith(title):
+                    found.append((process.create_time(), process))
+        return [process for _, process in sorted(found, key=lambda pair: pair[0])]
 
     def wait_ready(self) -> None:
         """Return when every pool has an engine; raise with the log when that cannot happen."""
