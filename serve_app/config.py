@@ -77,6 +77,10 @@ class PoolConfig(_Strict):
     num_gpus: float = Field(
         default=1, gt=0, le=1, description="Share of a GPU for each worker, where there are GPUs."
     )
+    placement_strategy: Literal["STRICT_PACK", "PACK"] | None = Field(
+        default=None,
+        description="Workers of one engine on one node, or on several; see serve_app/placement.py.",
+    )
     drain_s: float = Field(default=60, ge=0, description="Grace for running requests at shutdown.")
     local_attention: LocalAttention | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -114,6 +118,10 @@ class AppConfig(_Strict):
     engine_bind: Literal["loopback", "node"] = Field(
         default="loopback",
         description="Where engines listen for gateways: this machine, or the node's own address.",
+    )
+    cluster_grows: bool = Field(
+        default=False,
+        description="Ray's autoscaler adds nodes, so what is missing at the start may yet come.",
     )
     gateway: GatewayConfig = GatewayConfig()
     engine_args: dict[str, Any] = Field(

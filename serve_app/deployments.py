@@ -10,6 +10,7 @@ import asyncio
 import logging
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
@@ -23,6 +24,7 @@ from serve_app.batching import BatchingLimits
 from serve_app.config import AppConfig, PoolConfig, load_config
 from serve_app.keys import read_keys
 from serve_app.metrics import GatewayMetrics
+from serve_app.placement import check_room, place
 from serve_app.request import EngineInfo
 from serve_app.router import Discover, Pool, Router, Share, keep_fresh
 from serve_app.upstream import Upstream
@@ -42,7 +44,7 @@ class EngineDeployment:
         self._drain_s = config.pools[pool].drain_s
         loopback = config.engine_bind == "loopback"
         self._engine = await Engine.start(
-            config.engine_args_of(pool),
+            config.engine_args_of(pool) | place(config.pools[pool], config.device).engine_args,
             pool=pool,
             replica=serve.get_replica_context().replica_id.unique_id,
             host="127.0.0.1" if loopback else get_node_ip_address(),
@@ -147,8 +149,13 @@ class BuildArgs(BaseModel):
 
 
 def build(args: BuildArgs) -> serve.Application:
-    """The application described by the configuration file that ``args`` names."""
-    return application(load_config(args.config))
+    """The application described by the configuration file that ``args`` names.
+
+    Raises ``ConfigError`` when the cluster has no room for it, which Ray would wait for in silence.
+    """
+    config = load_config(args.config)
+    check_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    return application(config)
 
 
 def application(config: AppConfig, engine: type = EngineDeployment) -> serve.Application:
@@ -169,13 +176,10 @@ def application(config: AppConfig, engine: type = EngineDeployment) -> serve.App
 
 
 def _engine_options(config: AppConfig, pool: PoolConfig) -> dict[str, Any]:
-    actor = {"num_cpus": pool.num_cpus * pool.workers, "runtime_env": {"env_vars": dict(pool.env)}}
-    if config.device == "gpu":
-        actor["num_gpus"] = pool.num_gpus * pool.workers
     return {
         "num_replicas": pool.replicas,
-        "ray_actor_options": actor,
         "graceful_shutdown_timeout_s": pool.drain_s + 15,
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
+        **place(pool, config.device).deployment_options(pool.env),
     }

@@ -2,7 +2,7 @@
 
 Starting takes a minute and fails deep inside another process; these checks take a fraction of a
 second. They hold for the machine that runs them, so the caller leaves out :func:`check_machine`
-when Ray is told to join a cluster elsewhere.
+when Ray is told to join a cluster elsewhere; there the builder compares pools and resources.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ast
 import difflib
 import importlib.util
 import ipaddress
-import math
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import yaml
 from serve_app.config import AppConfig, load_config
 from serve_app.errors import ConfigError
 from serve_app.keys import KEYS_VARIABLE, read_keys
+from serve_app.placement import check_room
 
 GIB = 2**30
 # Resident memory of an engine's three processes (replica, engine core, worker) beside weights and
@@ -91,11 +91,10 @@ def check_exposure(deployment: Deployment) -> None:
 
 
 def check_machine(deployment: Deployment) -> None:
-    """Raise ``ConfigError`` when this machine lacks the model, the GPUs or the memory."""
+    """Raise ``ConfigError`` when this machine lacks the model, CPUs, GPUs or the memory."""
     check_model(deployment.config.model)
-    if deployment.config.device == "gpu":
-        check_gpus(deployment, visible_gpus())
-    else:
+    check_room(deployment.config, [this_node()])
+    if deployment.config.device == "cpu":
         check_memory(deployment, available_memory())
 
 
@@ -165,17 +164,6 @@ def check_model(model: str) -> None:
         )
 
 
-def check_gpus(deployment: Deployment, visible: int) -> None:
-    """Refuse a configuration of more GPUs than ``visible``."""
-    pools = deployment.config.pools.values()
-    needed = math.ceil(sum(pool.replicas * pool.workers * pool.num_gpus for pool in pools))
-    if needed > visible:
-        raise ConfigError(
-            f"The engines of {deployment.config_path} need {needed} GPUs, but {visible} are "
-            "visible here."
-        )
-
-
 def check_memory(deployment: Deployment, available: int) -> None:
     """Refuse engines that together need more than ``available`` bytes."""
     needed = needed_memory(deployment.config)
@@ -210,6 +198,13 @@ def available_memory() -> int:
     except (OSError, ValueError):  # no such control group, or the limit is "max"
         return free
     return min(free, limit - used)
+
+
+def this_node() -> dict[str, float]:
+    """The resources that Ray would find on this machine."""
+    from ray._private.utils import get_num_cpus  # knows the limits of a container
+
+    return {"CPU": get_num_cpus(override_docker_cpu_warning=True), "GPU": visible_gpus()}
 
 
 def visible_gpus() -> int:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -114,6 +115,13 @@ class Server:
                 if " ".join(process.cmdline()).startswith(title):
                     found.append((process.create_time(), process))
         return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+    def processes(self) -> Iterator[psutil.Process]:
+        """Those that run for it: Ray's, Serve's and the engines'."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.environ().get("RAY_TMPDIR") == str(self._directory):
+                    yield process
 
     def wait_ready(self) -> None:
         """Return when every pool has an engine; raise with the log when that cannot happen."""

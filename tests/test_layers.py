@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each module may import from the modules of the layers below it, and from those named beside it.
 LAYERS: list[set[str]] = [
     {"errors", "pattern", "config", "request", "metrics", "guard", "keys", "openapi"},
-    {"balance", "batching", "lengths", "capacity"},
+    {"balance", "batching", "lengths", "capacity", "placement"},
     {"router", "upstream", "autoscaling"},
     {"api", "engine"},
     {"deployments", "model_config", "advice", "preflight", "cli"},

@@ -61,23 +61,13 @@ def test_available_memory_is_what_this_machine_could_have() -> None:
     assert 0 < preflight.available_memory() <= total
 
 
-def test_gpus_are_counted_over_pools_and_workers(tmp_path: Path) -> None:
-    pools = {
-        "short": {"max_model_len": 64, "replicas": 2},
-        "long": {"max_model_len": 128, "tensor_parallel_size": 2},
-    }
-    plan = deployment(tmp_path, device="gpu", pools=pools)
-    preflight.check_gpus(plan, 4)
-    with pytest.raises(ConfigError, match="need 4 GPUs, but 3 are visible"):
-        preflight.check_gpus(plan, 3)
-
-
-def test_engines_that_share_a_gpu_need_one(tmp_path: Path) -> None:
-    pools = {
-        "short": {"max_model_len": 64, "num_gpus": 0.5},
-        "long": {"max_model_len": 128, "num_gpus": 0.5},
-    }
-    preflight.check_gpus(deployment(tmp_path, device="gpu", pools=pools), 1)
+def test_this_machine_is_compared_with_what_the_pools_need(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    pools = {"only": {"max_model_len": 64, "num_cpus": 10_000}}
+    plan = deployment(tmp_path, pools=pools)
+    assert preflight.this_node()["CPU"] >= 1
+    with pytest.raises(ConfigError, match="pool only needs 10000 CPU on one node"):
+        preflight.check_machine(plan)
 
 
 def test_a_model_by_name_is_left_to_vllm() -> None:

@@ -1,0 +1,116 @@
+"""Which bundles an engine reserves, and what is said when a cluster cannot hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve._private.config import ReplicaConfig
+
+from serve_app.config import AppConfig, PoolConfig
+from serve_app.errors import ConfigError
+from serve_app.placement import check_room, place
+
+
+def pool(**values: Any) -> PoolConfig:
+    return PoolConfig.model_validate({"max_model_len": 64, **values})
+
+
+def app(device: str = "gpu", **pools: dict[str, Any]) -> AppConfig:
+    sized = {
+        name: {"max_model_len": 64 * (i + 1), **values}
+        for i, (name, values) in enumerate(pools.items())
+    }
+    config = {"model": "m", "served_model_name": "m", "device": device, "pools": sized}
+    return AppConfig.model_validate(config)
+
+
+def test_one_worker_needs_no_group() -> None:
+    options = place(pool(num_cpus=2), "gpu").deployment_options({"A": "b"})
+    assert options == {
+        "ray_actor_options": {
+            "num_cpus": 2,
+            "num_gpus": 1,
+            "runtime_env": {"env_vars": {"A": "b"}},
+        }
+    }
+    assert place(pool(), "gpu").engine_args == {}
+
+
+def test_each_gpu_worker_has_a_bundle_and_the_replica_holds_no_gpu() -> None:
+    placement = place(pool(tensor_parallel_size=4), "gpu")
+    assert placement.bundles == ({"CPU": 2, "GPU": 1}, *[{"CPU": 1, "GPU": 1}] * 3)
+    assert placement.strategy == "STRICT_PACK"
+    assert placement.engine_args == {"distributed_executor_backend": "ray"}
+    assert "num_gpus" not in placement.deployment_options({})["ray_actor_options"]
+
+
+def test_pipeline_stages_may_lie_on_several_nodes_unless_told_otherwise() -> None:
+    stages = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
+    assert place(pool(**stages), "gpu").strategy == "PACK"
+    assert place(pool(**stages, placement_strategy="STRICT_PACK"), "gpu").strategy == "STRICT_PACK"
+    assert place(pool(tensor_parallel_size=2, placement_strategy="PACK"), "gpu").strategy == "PACK"
+
+
+def test_workers_without_gpus_stay_beside_their_replica() -> None:
+    placement = place(pool(tensor_parallel_size=2), "cpu")
+    assert placement.bundles == ({"CPU": 2}, {"CPU": 1})
+    assert placement.strategy == "STRICT_PACK"
+    assert placement.engine_args == {"distributed_executor_backend": "mp"}
+    with pytest.raises(ConfigError, match="share one machine"):
+        place(pool(tensor_parallel_size=2, placement_strategy="PACK"), "cpu")
+
+
+@given(
+    tensor=st.integers(1, 8),
+    pipeline=st.integers(1, 4),
+    cpus=st.sampled_from([0.5, 1, 3]),
+    device=st.sampled_from(["cpu", "gpu"]),
+)
+def test_serve_accepts_every_placement(
+    tensor: int, pipeline: int, cpus: float, device: Any
+) -> None:
+    """Serve refuses bundles of which the first does not hold the replica."""
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "num_cpus": cpus}
+    placement = place(pool(**sizes), device)
+    assert len(placement.bundles) == tensor * pipeline
+    ReplicaConfig.create(object, **placement.deployment_options({}))
+
+
+def test_what_fits_is_accepted_to_the_last_gpu() -> None:
+    config = app(short={"replicas": 2}, long={"tensor_parallel_size": 2})
+    check_room(config, [{"CPU": 3, "GPU": 2}, {"CPU": 3, "GPU": 2}])
+    with pytest.raises(ConfigError, match=r"need 4 GPU, but the cluster has 3\."):
+        check_room(config, [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}])
+
+
+def test_engines_that_share_a_gpu_need_one() -> None:
+    check_room(app(a={"num_gpus": 0.5}, b={"num_gpus": 0.5}), [{"CPU": 4, "GPU": 1}])
+
+
+def test_gateways_need_cpus_too() -> None:
+    with pytest.raises(ConfigError, match=r"need 1\.50 CPU, but the cluster has 1\."):
+        check_room(app(device="cpu", only={}), [{"CPU": 1}])
+
+
+def test_a_tensor_parallel_engine_needs_one_node_that_holds_it() -> None:
+    halves = [{"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 4}]
+    with pytest.raises(ConfigError, match=r"pool big needs 8 GPU on one node.*more than 4"):
+        check_room(app(big={"tensor_parallel_size": 8, "num_cpus": 0.5}), halves)
+    with pytest.raises(ConfigError, match="no node has more than 0"):
+        check_room(app(big={"tensor_parallel_size": 2}), [])
+    staged = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "num_cpus": 0.5}
+    check_room(app(big=staged), halves)
+
+
+def test_resources_must_meet_on_the_same_node() -> None:
+    apart = [{"CPU": 1, "GPU": 8}, {"CPU": 64}]
+    with pytest.raises(ConfigError, match="No node has the 3 CPU and 2 GPU together"):
+        check_room(app(pair={"tensor_parallel_size": 2}), apart)
+
+
+def test_a_cluster_that_grows_is_not_judged_by_what_it_has_now() -> None:
+    config = app(only={"tensor_parallel_size": 8})
+    check_room(config.model_copy(update={"cluster_grows": True}), [{"CPU": 1}])
