@@ -66,11 +66,36 @@ class GatewayConfig(_Strict):
     limits: Limits = Limits()
 
 
+class Autoscaling(_Strict):
+    """How many replicas a pool has, by load. Without a target, an engine's KV cache is it."""
+
+    min_replicas: int = Field(default=1, ge=0, description="0 stops the last engine when idle.")
+    max_replicas: int = Field(ge=1)
+    target_tokens_per_replica: int | None = Field(
+        default=None, ge=1, description="Prefill and KV tokens, waiting or under way."
+    )
+    ttft_target_s: float | None = Field(
+        default=None, gt=0, description="More replicas while the p95 to the first token is over it."
+    )
+    up_delay_s: float = Field(default=5, ge=0)
+    down_delay_s: float = Field(default=300, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, which is less than min_replicas "
+                f"({self.min_replicas})."
+            )
+        return self
+
+
 class PoolConfig(_Strict):
     """Engines of one kind. A request goes to the pool with the smallest fitting max_model_len."""
 
     max_model_len: int = Field(ge=16, description="Prompt plus output budget, in tokens.")
     replicas: int = Field(default=1, ge=1)
+    autoscaling: Autoscaling | None = Field(default=None, description="Instead of replicas.")
     tensor_parallel_size: int = Field(default=1, ge=1)
     pipeline_parallel_size: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1, ge=0, description="CPUs reserved for each worker.")
@@ -102,6 +127,21 @@ class PoolConfig(_Strict):
                 "whole GPU for each; remove num_gpus."
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_number_of_replicas(self) -> Self:
+        if self.autoscaling is not None and "replicas" in self.model_fields_set:
+            raise ValueError("set replicas or autoscaling, not both.")
+        return self
+
+    @property
+    def least_replicas(self) -> int:
+        """Engines that there must be room for."""
+        return self.replicas if self.autoscaling is None else max(1, self.autoscaling.min_replicas)
+
+    @property
+    def scales_from_zero(self) -> bool:
+        return self.autoscaling is not None and self.autoscaling.min_replicas == 0
 
     @property
     def workers(self) -> int:

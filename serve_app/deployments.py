@@ -7,7 +7,9 @@
 # validate its arguments, and a string would make it pass a plain dict.
 
 import asyncio
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -20,18 +22,24 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from serve_app.api import create_app
+from serve_app.autoscaling import DemandLedger
 from serve_app.batching import BatchingLimits
-from serve_app.config import AppConfig, PoolConfig, load_config
+from serve_app.config import AppConfig, Autoscaling, PoolConfig, load_config
 from serve_app.keys import read_keys
 from serve_app.metrics import GatewayMetrics
 from serve_app.placement import check_room, place
-from serve_app.request import EngineInfo
-from serve_app.router import Discover, Pool, Router, Share, keep_fresh
+from serve_app.request import Demand, EngineInfo
+from serve_app.router import Discover, Pool, Router, Share, Wake, keep_fresh
 from serve_app.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
 _DISCOVER_TIMEOUT_S = 5.0
+# Serve's processes report to its autoscaler every ten seconds unless told otherwise.
+_REPLICA_PUSH = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
+_HANDLE_PUSH = "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
+_PUSH_INTERVAL_S = "1"
+_LOOK_BACK_S = 10.5  # Serve warns below its metrics interval of ten seconds
 
 
 class EngineDeployment:
@@ -42,6 +50,7 @@ class EngineDeployment:
         from serve_app.engine import Engine
 
         self._drain_s = config.pools[pool].drain_s
+        self._demands = DemandLedger()
         loopback = config.engine_bind == "loopback"
         self._engine = await Engine.start(
             config.engine_args_of(pool) | place(config.pools[pool], config.device).engine_args,
@@ -50,9 +59,18 @@ class EngineDeployment:
             host="127.0.0.1" if loopback else get_node_ip_address(),
         )
 
-    async def describe(self) -> EngineInfo:
-        """How gateways reach this engine, and its load."""
+    async def describe(self, demand: Demand) -> EngineInfo:
+        """How gateways reach this engine, and its load; ``demand`` is that of the one who asks."""
+        self._demands.note(demand)
         return self._engine.describe()
+
+    async def wake(self) -> None:
+        """Nothing: a call that waits for it makes Serve start a first replica."""
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to ``autoscaling.TokenPolicy``."""
+        info = self._engine.describe()
+        return self._demands.stats(info.load, info.kv_tokens)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
@@ -78,14 +96,16 @@ class GatewayDeployment:
             config.served_model_name, gateway.first_token_timeout_s, gateway.inter_token_timeout_s
         )
         pools = [_pool(config, name) for name in config.pools]
+        me = serve.get_replica_context().replica_id.unique_id
         self._router = Router(pools, self._upstream.open)
         self._tasks = [
             asyncio.create_task(
                 keep_fresh(
                     pool,
-                    _discovery(engines[pool.name]),
+                    _discovery(engines[pool.name], functools.partial(pool.demand, me)),
                     self._upstream.probe,
                     gateway.refresh_interval_s,
+                    _waking(engines[pool.name]),
                 )
             )
             for pool in pools
@@ -107,10 +127,11 @@ class GatewayDeployment:
 
 
 def _pool(config: AppConfig, name: str) -> Pool:
-    gateway = config.gateway
+    gateway, pool = config.gateway, config.pools[name]
     return Pool(
         name,
-        config.pools[name].max_model_len,
+        pool.max_model_len,
+        cold_start_s=gateway.first_token_timeout_s if pool.scales_from_zero else None,
         share=Share(gateways=gateway.replicas, overcommit=gateway.overcommit),
         limits=BatchingLimits(
             max_queued=gateway.max_queued,
@@ -120,12 +141,12 @@ def _pool(config: AppConfig, name: str) -> Pool:
     )
 
 
-def _discovery(handle: DeploymentHandle) -> Discover:
-    """Asks every live replica of a deployment to describe itself."""
+def _discovery(handle: DeploymentHandle, demand: Callable[[], Demand]) -> Discover:
+    """Asks every live replica of a deployment to describe itself, and tells it the demand."""
 
     async def discover() -> list[EngineInfo] | None:
         try:
-            answers = await handle.broadcast("describe").results_async(
+            answers = await handle.broadcast("describe", demand()).results_async(
                 timeout_s=_DISCOVER_TIMEOUT_S, return_exceptions=True
             )
         except TimeoutError:
@@ -138,6 +159,19 @@ def _discovery(handle: DeploymentHandle) -> Discover:
         return [answer for answer in answers if isinstance(answer, EngineInfo)]
 
     return discover
+
+
+def _waking(handle: DeploymentHandle) -> Wake:
+    """Waits until a deployment has a replica, which makes Serve start one."""
+
+    async def wake() -> None:
+        log.info("requests wait for a first engine of %s", handle.deployment_name)
+        try:
+            await handle.wake.remote()
+        except (RayError, RayServeException) as error:
+            log.warning("no engine of %s came: %s", handle.deployment_name, error)
+
+    return wake
 
 
 class BuildArgs(BaseModel):
@@ -170,16 +204,40 @@ def application(config: AppConfig, engine: type = EngineDeployment) -> serve.App
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=100_000,  # the gateway sheds by tokens, not by Serve's count
-        ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        ray_actor_options={
+            "num_cpus": config.gateway.num_cpus,
+            "runtime_env": {"env_vars": {_HANDLE_PUSH: _PUSH_INTERVAL_S}},
+        },
     )
     return gateway.bind(config, **engines)
 
 
 def _engine_options(config: AppConfig, pool: PoolConfig) -> dict[str, Any]:
-    return {
-        "num_replicas": pool.replicas,
+    options: dict[str, Any] = {
         "graceful_shutdown_timeout_s": pool.drain_s + 15,
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
-        **place(pool, config.device).deployment_options(pool.env),
+    }
+    if pool.autoscaling is None:
+        options["num_replicas"] = pool.replicas
+        env = pool.env
+    else:
+        options["autoscaling_config"] = _autoscaling_config(pool.autoscaling)
+        env = {_REPLICA_PUSH: _PUSH_INTERVAL_S, **pool.env}
+    return options | place(pool, config.device).deployment_options(env)
+
+
+def _autoscaling_config(autoscaling: Autoscaling) -> dict[str, Any]:
+    """Serve's settings for a policy that keeps bounds, delays and steps itself."""
+    return {
+        "min_replicas": autoscaling.min_replicas,
+        "max_replicas": autoscaling.max_replicas,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        # What a past cold start left in Serve's own count must not start another engine.
+        "look_back_period_s": _LOOK_BACK_S,
+        "policy": {
+            "policy_function": "serve_app.autoscaling:TokenPolicy",
+            "policy_kwargs": autoscaling.model_dump(),
+        },
     }

@@ -99,10 +99,9 @@ def check_room(config: AppConfig, nodes: Sequence[Resources]) -> None:
         if placement.strategy == "STRICT_PACK"
         for line in _misfit(name, placement, nodes)
     ]
-    gateways = {"CPU": config.gateway.num_cpus * config.gateway.replicas}
-    needed = [gateways] + [
-        _times(placement.whole, config.pools[name].replicas) for name, placement in engines.items()
-    ]
+    needed: list[Resources] = [{"CPU": config.gateway.num_cpus * config.gateway.replicas}]
+    for name, placement in engines.items():
+        needed += [placement.whole] * config.pools[name].least_replicas
     there = _sum(nodes)
     lines += [
         f"All pools and gateways need {_number(count)} {resource}, but the cluster has "
@@ -136,10 +135,6 @@ def _sum(parts: Sequence[Resources]) -> dict[str, float]:
     for part in parts:
         total.update(part)
     return {resource: count for resource, count in total.items() if count}
-
-
-def _times(resources: Resources, factor: int) -> dict[str, float]:
-    return {resource: count * factor for resource, count in resources.items()}
 
 
 def _number(count: float) -> str:

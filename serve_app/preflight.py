@@ -181,7 +181,8 @@ def needed_memory(config: AppConfig) -> int:
     """
     weights = _weight_bytes(Path(config.model))
     return sum(
-        pool.replicas * (ENGINE_OVERHEAD_BYTES + weights + pool.workers * _kv_bytes(config, name))
+        pool.least_replicas
+        * (ENGINE_OVERHEAD_BYTES + weights + pool.workers * _kv_bytes(config, name))
         for name, pool in config.pools.items()
     )
 

@@ -39,6 +39,15 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """What one gateway asks of one pool at this moment."""
+
+    gateway: str
+    tokens: int  # cost of all that waits here and of all that is under way
+    ttft_s: float = 0.0  # p95 of late; 0 where nothing was answered
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One validated client request, as the router sees it. All lengths are tokens.
 

@@ -17,9 +17,18 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from serve_app.balance import Balancer, Budget, Cost, Lease, Load, State
 from serve_app.batching import Batcher, BatchingLimits, Waiting
@@ -33,12 +42,14 @@ from serve_app.errors import (
     Unavailable,
 )
 from serve_app.pattern import FULL, LayerRule
-from serve_app.request import Call, EngineInfo
+from serve_app.request import Call, Demand, EngineInfo
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # engines asked before a request is given up
 RETRY_AFTER_S = 5.0  # what a client is told while no engine is alive
+_TTFT_WINDOW_S = 15.0  # of the time to first token that autoscaling is told
+_TTFT_SAMPLES = 1024
 
 
 class Reply(Protocol):
@@ -57,6 +68,7 @@ class Reply(Protocol):
 
 Open = Callable[[EngineInfo, Call], Awaitable[Reply]]
 Probe = Callable[[EngineInfo], Awaitable[bool]]
+Wake = Callable[[], Coroutine[Any, Any, None]]
 # None where nobody could tell in time: what is known stays.
 Discover = Callable[[], Awaitable[Sequence[EngineInfo] | None]]
 
@@ -101,12 +113,17 @@ class Pool:
         *,
         share: Share = _WHOLE,
         limits: BatchingLimits = _LIMITS,
+        cold_start_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.limit = limit  # prompt plus output budget, in tokens
         self._share = share
+        # How long a request waits for a first engine; None where none comes by being asked for.
+        self._cold_start_s = cold_start_s
         self._clock = clock
+        self._rules: tuple[LayerRule, ...] = (FULL,)  # of the engines that were last here
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_TTFT_SAMPLES)
         self._balancer = Balancer()
         self._batcher = Batcher(self._balancer, limits)
         self._engines: dict[str, EngineInfo] = {}
@@ -127,6 +144,16 @@ class Pool:
         return self._balancer.alive
 
     @property
+    def ready(self) -> bool:
+        """Whether a request would be answered, if only after an engine has started for it."""
+        return self.alive > 0 or self._cold_start_s is not None
+
+    @property
+    def wants_waking(self) -> bool:
+        """Whether requests wait for an engine that has yet to be asked for."""
+        return self._cold_start_s is not None and not self.alive and self.queued > 0
+
+    @property
     def queued(self) -> int:
         return len(self._batcher)
 
@@ -138,9 +165,18 @@ class Pool:
         """What this gateway has under way on each replica."""
         return self._balancer.loads()
 
+    def demand(self, gateway: str) -> Demand:
+        """What this gateway asks of the pool now, for its autoscaling."""
+        under_way = sum(load.prefill + load.kv for load in self.loads().values())
+        since = self._clock() - _TTFT_WINDOW_S
+        recent = sorted(seconds for at, seconds in self._first_tokens if at >= since)
+        p95 = recent[int(0.95 * (len(recent) - 1))] if recent else 0.0
+        return Demand(gateway, self.queued_tokens + under_way, p95)
+
     def update(self, engines: Iterable[EngineInfo]) -> None:
         """Take over what discovery found."""
         self._engines = {engine.replica: engine for engine in engines}
+        self._rules = next((engine.rules for engine in self._engines.values()), self._rules)
         self._balancer.update(
             {engine.replica: self._share.of(engine) for engine in self._engines.values()}
         )
@@ -157,10 +193,10 @@ class Pool:
         """Wait for room on a replica that is not in ``avoid``.
 
         Raises ``Overloaded`` when the lane is full, ``DeadlineExceeded`` when the call's deadline
-        comes first and ``Unavailable`` when no such replica is alive. A cancel leaves nothing
-        behind.
+        comes first and ``Unavailable`` when no such replica is alive; where one can be started,
+        only after it did not come in time. A cancel leaves nothing behind.
         """
-        if not self.has_other_than(avoid):
+        if self._hopeless(avoid):
             raise self._unavailable(avoid)
         waiting = self._as_waiting(call, avoid)
         if avoid:  # it had its turn already
@@ -170,19 +206,25 @@ class Pool:
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         self._waiting[waiting.id] = _Turn(future, avoid)
         self._step()
+        patience = None if self.alive else self._cold_start_s
         try:
-            return await future
-        except asyncio.CancelledError:
-            # The lease may have come in the same turn of the loop as the cancel.
+            async with asyncio.timeout(patience):
+                return await future
+        except (TimeoutError, asyncio.CancelledError) as error:
+            # The lease may have come in the same turn of the loop.
             if future.done() and not future.cancelled() and future.exception() is None:
                 self.finish(future.result())
+            if isinstance(error, TimeoutError):
+                raise self._unavailable(avoid) from None
             raise
         finally:
             self._waiting.pop(waiting.id, None)
             self._batcher.cancel(waiting.id)
 
-    def prefilled(self, lease: Lease) -> None:
-        """The first token came."""
+    def prefilled(self, lease: Lease, ttft_s: float | None = None) -> None:
+        """The first token came; after how long, where that says something of the engines."""
+        if ttft_s is not None:
+            self._first_tokens.append((self._clock(), ttft_s))
         self._balancer.prefilled(lease)
         self._step()
 
@@ -217,7 +259,7 @@ class Pool:
             self._step()
 
     def _as_waiting(self, call: Call, avoid: frozenset[str]) -> Waiting:
-        kv = kv_tokens(self._rules(), call.total_tokens)
+        kv = kv_tokens(self._rules, call.total_tokens)
         return Waiting(
             id=str(next(self._numbers)),
             tokens=call.total_tokens,
@@ -229,9 +271,11 @@ class Pool:
             avoid=avoid,
         )
 
-    def _rules(self) -> tuple[LayerRule, ...]:
-        """The attention plan of the pool's engines; full attention while none is known."""
-        return next((engine.rules for engine in self._engines.values()), (FULL,))
+    def _hopeless(self, avoid: frozenset[str]) -> bool:
+        """Whether no replica outside ``avoid`` takes requests, and none is to be expected."""
+        if not self.alive and self._cold_start_s is not None:
+            return False
+        return not self.has_other_than(avoid)
 
     def _unavailable(self, avoid: frozenset[str]) -> Unavailable:
         which = "No other engine" if avoid else "No engine"
@@ -269,7 +313,7 @@ class Pool:
         self._live = live
         dismissed = False
         for name, turn in self._waiting.items():
-            if not turn.lease.done() and live <= turn.avoid:
+            if not turn.lease.done() and self._hopeless(turn.avoid):
                 _fail(turn, self._unavailable(turn.avoid))
                 dismissed = self._batcher.cancel(name) or dismissed
         return dismissed
@@ -324,8 +368,8 @@ class Router:
 
     @property
     def ready(self) -> bool:
-        """Whether every pool has a live replica."""
-        return all(pool.alive for pool in self.pools)
+        """Whether every pool has a live replica, or starts one for whoever asks."""
+        return all(pool.ready for pool in self.pools)
 
     @property
     def limit(self) -> int:
@@ -373,6 +417,7 @@ class Router:
         """
         began = time.monotonic()
         while len(tried) < ATTEMPTS:
+            cold = not pool.alive
             lease = await pool.lease(call, frozenset(tried))
             waited = time.monotonic() - began
             tried.add(lease.replica)
@@ -382,7 +427,7 @@ class Router:
                 continue
             reply = await self._try(pool, engine, lease, call)
             if reply is not None:
-                pool.prefilled(lease)
+                pool.prefilled(lease, None if cold else time.monotonic() - began)
                 return Answer(pool, engine, reply, lease, waited, retries=len(tried) - 1)
         raise EngineError(f"{len(tried)} engines failed to answer; the last was of {pool.name}.")
 
@@ -403,15 +448,21 @@ class Router:
         return reply
 
 
-async def keep_fresh(pool: Pool, discover: Discover, probe: Probe, interval_s: float) -> None:
+async def keep_fresh(
+    pool: Pool, discover: Discover, probe: Probe, interval_s: float, wake: Wake | None = None
+) -> None:
     """Ask for the pool's live replicas every ``interval_s`` seconds, until cancelled.
 
-    Probes run aside: a replica that is silent must not keep others from being found.
+    Where requests wait and nothing runs, ``wake`` asks for a first replica. It and probes run
+    aside: a replica that is silent must not keep others from being found.
     """
-    async with asyncio.TaskGroup() as probes:
+    waking: asyncio.Task[None] | None = None
+    async with asyncio.TaskGroup() as aside:
         while True:
             engines = await discover()
             if engines is not None:
                 pool.update(engines)
-            probes.create_task(pool.probe(probe))
+            aside.create_task(pool.probe(probe))
+            if wake and pool.wants_waking and (waking is None or waking.done()):
+                waking = aside.create_task(wake())
             await asyncio.sleep(interval_s)

@@ -11,6 +11,8 @@ import yaml
 from serve_app.config import PoolConfig, load_config
 from serve_app.errors import ConfigError
 
+BOUNDS = {"max_replicas": 3}
+
 
 def whole(**changes: Any) -> dict[str, Any]:
     return {
@@ -67,6 +69,14 @@ def test_a_pools_arguments_win_over_the_files(tmp_path: Path) -> None:
             r"gateway\.replicas is 0, but .* greater than or equal to 1",
         ),
         ({"gateway": {"port": 1}}, r"The key gateway\.port is not known\."),
+        (
+            {"pools": {"a": {"max_model_len": 64, "replicas": 2, "autoscaling": BOUNDS}}},
+            r"pools\.a: set replicas or autoscaling, not both\.",
+        ),
+        (
+            {"pools": {"a": {"max_model_len": 64, "autoscaling": BOUNDS | {"min_replicas": 4}}}},
+            r"max_replicas is 3, which is less than min_replicas \(4\)\.",
+        ),
         ({"pools": {"a": {}}}, r"The key pools\.a\.max_model_len is required\."),
         ({"pools": {"a": {"max_model_len": 1}}}, r"pools\.a\.max_model_len is 1, but .* 16"),
         (
@@ -108,3 +118,14 @@ def test_workers_that_are_split_take_whole_gpus() -> None:
     assert split.workers == 4
     with pytest.raises(ValueError, match=r"num_gpus is 0\.5, but an engine of 2 workers"):
         PoolConfig(max_model_len=64, tensor_parallel_size=2, num_gpus=0.5)
+
+
+def test_an_autoscaled_pool_needs_room_for_its_least_replicas() -> None:
+    def pool(**bounds: int) -> PoolConfig:
+        return PoolConfig.model_validate({"max_model_len": 64, "autoscaling": BOUNDS | bounds})
+
+    assert pool().least_replicas == 1
+    assert pool(min_replicas=2).least_replicas == 2
+    assert pool(min_replicas=0).least_replicas == 1
+    assert pool(min_replicas=0).scales_from_zero
+    assert not pool().scales_from_zero

@@ -12,11 +12,12 @@ from serve_app.batching import BatchingLimits
 from serve_app.errors import (
     DeadlineExceeded,
     EngineError,
+    EngineSilent,
     Overloaded,
     PromptTooLong,
     Unavailable,
 )
-from serve_app.request import Call, EngineInfo
+from serve_app.request import Call, Demand, EngineInfo
 from serve_app.router import Pool, Router, Share, keep_fresh
 
 
@@ -394,3 +395,76 @@ async def test_a_probe_that_hangs_holds_up_neither_discovery_nor_other_probes() 
     assert sorted(probed) == ["e1", "e2"]  # one that is under way is not sent again
     assert len(pool.engines) == 2  # who could not tell changes nothing
     keeping.cancel()
+
+
+async def test_a_request_waits_for_the_first_engine_of_a_pool_that_can_start_one() -> None:
+    pool = Pool("a", 100, cold_start_s=30)
+    assert pool.ready
+    waiting = asyncio.create_task(pool.lease(call()))
+    await asyncio.sleep(0)
+    assert pool.wants_waking
+    pool.update([engine("new")])
+    lease = await waiting
+    assert lease.replica == "new"
+    assert not pool.wants_waking
+
+
+async def test_waiting_for_a_first_engine_ends() -> None:
+    pool = Pool("a", 100, cold_start_s=0.01)
+    with pytest.raises(Unavailable):
+        await pool.lease(call())
+    assert pool.queued == 0
+    assert pool.demand("g").tokens == 0
+
+
+async def test_an_engine_that_stops_while_others_may_start_loses_no_request() -> None:
+    pool = Pool("a", 100, cold_start_s=30)
+    pool.update([engine("old")])
+    lease = await pool.lease(call())
+    pool.fail(lease, EngineSilent("it refuses new requests"))
+    again = asyncio.create_task(pool.lease(call(), frozenset({"old"})))
+    await asyncio.sleep(0)
+    pool.update([])
+    await asyncio.sleep(0)
+    assert pool.wants_waking
+    pool.update([engine("new")])
+    assert (await again).replica == "new"
+
+
+async def test_demand_is_all_that_waits_or_is_under_way_and_how_late_first_tokens_are() -> None:
+    pool = Pool("a", 1000, share=Share(overcommit=1))
+    pool.update([replace(engine("e"), prefill_tokens=10, kv_tokens=10)])
+    first = await pool.lease(call(100))
+    second = asyncio.create_task(pool.lease(call(100)))
+    await asyncio.sleep(0)
+    assert pool.queued == 1
+    assert pool.demand("g") == Demand("g", tokens=2 * (90 + 100))
+    pool.prefilled(first, 1.5)
+    assert pool.demand("g") == Demand("g", tokens=100 + 190, ttft_s=1.5)
+    pool.finish(first)
+    pool.finish(await second)
+    assert pool.demand("g").tokens == 0
+
+
+async def test_a_replica_is_asked_for_once_while_requests_wait() -> None:
+    pool = Pool("a", 100, cold_start_s=30)
+    woken: list[int] = []
+    started = asyncio.Event()
+
+    async def discover() -> list[EngineInfo]:
+        return [engine("new")] if started.is_set() else []
+
+    async def wake() -> None:
+        woken.append(1)
+        await asyncio.sleep(0.05)
+        started.set()
+
+    async def probe(_engine: EngineInfo) -> bool:
+        return True
+
+    fresh = asyncio.create_task(keep_fresh(pool, discover, probe, 0.01, wake))
+    await asyncio.sleep(0.03)
+    assert not woken, "nobody waits yet"
+    assert (await asyncio.wait_for(pool.lease(call()), 5)).replica == "new"
+    assert woken == [1]
+    fresh.cancel()
