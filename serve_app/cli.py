@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from serve_app import advice
+from serve_app import advice, simulate
 from serve_app.errors import ServeAppError
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ def _local_attention(
 
 app.command("check")(_one_line_errors(advice.check_command))
 app.command("plan")(_one_line_errors(advice.plan_command))
+app.command("simulate")(_one_line_errors(simulate.simulate_command))
 
 
 @app.command()

@@ -7,7 +7,6 @@
 # validate its arguments, and a string would make it pass a plain dict.
 
 import asyncio
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -59,9 +58,13 @@ class EngineDeployment:
             host="127.0.0.1" if loopback else get_node_ip_address(),
         )
 
-    async def describe(self, demand: Demand) -> EngineInfo:
-        """How gateways reach this engine, and its load; ``demand`` is that of the one who asks."""
-        self._demands.note(demand)
+    async def describe(self, demand: Demand | None = None) -> EngineInfo:
+        """How gateways reach this engine, and its load.
+
+        ``demand`` is that of the gateway that asks, where the pool scales by it.
+        """
+        if demand is not None:
+            self._demands.note(demand)
         return self._engine.describe()
 
     async def wake(self) -> None:
@@ -102,7 +105,7 @@ class GatewayDeployment:
             asyncio.create_task(
                 keep_fresh(
                     pool,
-                    _discovery(engines[pool.name], functools.partial(pool.demand, me)),
+                    _discovery(engines[pool.name], _demand(config, pool, me)),
                     self._upstream.probe,
                     gateway.refresh_interval_s,
                     _waking(engines[pool.name]),
@@ -141,12 +144,19 @@ def _pool(config: AppConfig, name: str) -> Pool:
     )
 
 
-def _discovery(handle: DeploymentHandle, demand: Callable[[], Demand]) -> Discover:
+def _demand(config: AppConfig, pool: Pool, gateway: str) -> Callable[[], tuple[Demand, ...]]:
+    """What engines are told when they are asked: the demand, where the pool scales by it."""
+    if config.pools[pool.name].autoscaling is None:
+        return tuple
+    return lambda: (pool.demand(gateway),)
+
+
+def _discovery(handle: DeploymentHandle, demand: Callable[[], tuple[Demand, ...]]) -> Discover:
     """Asks every live replica of a deployment to describe itself, and tells it the demand."""
 
     async def discover() -> list[EngineInfo] | None:
         try:
-            answers = await handle.broadcast("describe", demand()).results_async(
+            answers = await handle.broadcast("describe", *demand()).results_async(
                 timeout_s=_DISCOVER_TIMEOUT_S, return_exceptions=True
             )
         except TimeoutError:
@@ -204,12 +214,16 @@ def application(config: AppConfig, engine: type = EngineDeployment) -> serve.App
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=100_000,  # the gateway sheds by tokens, not by Serve's count
-        ray_actor_options={
-            "num_cpus": config.gateway.num_cpus,
-            "runtime_env": {"env_vars": {_HANDLE_PUSH: _PUSH_INTERVAL_S}},
-        },
+        ray_actor_options=_gateway_actor(config),
     )
     return gateway.bind(config, **engines)
+
+
+def _gateway_actor(config: AppConfig) -> dict[str, Any]:
+    actor: dict[str, Any] = {"num_cpus": config.gateway.num_cpus}
+    if any(pool.autoscaling for pool in config.pools.values()):
+        actor["runtime_env"] = {"env_vars": {_HANDLE_PUSH: _PUSH_INTERVAL_S}}
+    return actor
 
 
 def _engine_options(config: AppConfig, pool: PoolConfig) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Placement:
             "runtime_env": {"env_vars": dict(env)},
         }
         if len(self.bundles) == 1:
-            return {"ray_actor_options": actor | {"num_gpus": first.get("GPU", 0)}}
+            gpus = {"num_gpus": first["GPU"]} if "GPU" in first else {}
+            return {"ray_actor_options": actor | gpus}
         return {
             "ray_actor_options": actor,
             "placement_group_bundles": [dict(bundle) for bundle in self.bundles],

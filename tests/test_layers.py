@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS: list[set[str]] = [
     {"errors", "pattern", "config", "request", "metrics", "guard", "keys", "openapi"},
     {"balance", "batching", "lengths", "capacity", "placement"},
-    {"router", "upstream", "autoscaling"},
+    {"router", "upstream", "autoscaling", "simulator"},
     {"api", "engine"},
-    {"deployments", "model_config", "advice", "preflight", "cli"},
+    {"deployments", "model_config", "advice", "preflight", "simulate", "cli"},
 ]
 WITHIN_LAYER = {
     "config": {"errors", "pattern", "guard"},
@@ -26,7 +26,8 @@ WITHIN_LAYER = {
     "keys": {"config", "errors"},
     "batching": {"balance"},
     "advice": {"model_config"},
-    "cli": {"advice", "preflight"},
+    "simulator": {"autoscaling"},
+    "cli": {"advice", "preflight", "simulate"},
     "engine": {"local_attention"},  # to say which plan is in force
 }
 ASIDE = {

@@ -1,4 +1,7 @@
-"""A pool that load takes from no replica to two and back, while every request is answered."""
+"""A pool that load takes from no replica to two and back, while every request is answered.
+
+Run from the repository's root: ``python -m pytest -s benchmarks/autoscaling.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One engine of two workers in a placement group, and what happens when one of them dies."""
+"""One engine of two workers in a placement group, and what happens when one of them dies.
+
+Run from the repository's root: ``python -m pytest -s benchmarks/tensor_parallel.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,217 @@
+"""Fits the step times of one engine, for ``local-attention simulate``, and checks the simulator.
+
+    python benchmarks/cost_model.py configs/demo-cpu.yaml long --out runs/cost.json
+    python benchmarks/cost_model.py configs/demo-cpu.yaml long --check runs/cost.json --rates 1 4
+
+An engine of the named pool is started in this process and asked through its own HTTP port, so that
+tokenizing and streaming are in the times. Prompts are random, so that no prefix is cached. How
+many steps, prompt tokens, sequences and context tokens a group of requests takes is counted by the
+simulator itself, with a cost of one for each in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+
+from serve_app.config import AppConfig, load_config
+from serve_app.placement import place
+from serve_app.request import TOKEN_HEADER, EngineInfo
+from serve_app.simulate import Measured, plans, read_measured
+from serve_app.simulator import Arrival, CostModel, PoolPlan, generate, quantile, simulate
+
+UNITS = [CostModel(*(float(i == k) for i in range(4))) for k in range(4)]
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One request as its client saw it, in seconds."""
+
+    ttft: float
+    done: float
+
+
+def groups(longest: int) -> list[list[Arrival]]:
+    """Requests that are sent together: prompts alone, then decoding in batches."""
+    prompts = [[Arrival(0, length, 1)] for length in (32, 256, 1024, 2048, 4096)]
+    decodes = [
+        [Arrival(0, length, 64)] * count
+        for count, length in ((1, 32), (4, 32), (16, 32), (1, 2048), (4, 1024), (16, 512))
+    ]
+    return [group for group in prompts + decodes if group[0].prompt_tokens + 64 <= longest]
+
+
+async def ask(
+    session: aiohttp.ClientSession, info: EngineInfo, model: str, arrival: Arrival
+) -> Timed:
+    body = {
+        "model": model,
+        "prompt": [random.randint(32, 126) for _ in range(arrival.prompt_tokens)],
+        "max_tokens": arrival.output_tokens,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    began = time.monotonic()
+    first = None
+    url, headers = f"{info.url}/v1/completions", {TOKEN_HEADER: info.token}
+    async with session.post(url, json=body, headers=headers) as reply:
+        reply.raise_for_status()
+        async for _ in reply.content.iter_any():
+            first = first or time.monotonic()
+    assert first is not None
+    return Timed(first - began, time.monotonic() - began)
+
+
+async def replay(
+    session: aiohttp.ClientSession, info: EngineInfo, model: str, arrivals: list[Arrival]
+) -> list[Timed]:
+    """Send each request at its time."""
+    began = time.monotonic()
+
+    async def one(arrival: Arrival) -> Timed:
+        await asyncio.sleep(arrival.time - (time.monotonic() - began))
+        return await ask(session, info, model, arrival)
+
+    return await asyncio.gather(*(one(arrival) for arrival in arrivals))
+
+
+async def measure(
+    session: aiohttp.ClientSession, info: EngineInfo, model: str, plan: PoolPlan
+) -> CostModel:
+    """Time each group a few times and fit: relative least squares, without negative parts."""
+    rows, seconds = [], []
+    for group in groups(plan.max_model_len):
+        await replay(session, info, model, group)  # warm-up
+        walls = []
+        for _ in range(REPEATS):
+            walls.append(max(timed.done for timed in await replay(session, info, model, group)))
+        counts = [simulate(group, [_with_cost(plan, unit)], 1).seconds for unit in UNITS]
+        rows.append(counts)
+        seconds.append(statistics.median(walls))
+        print(
+            f"{len(group):3} x {group[0].prompt_tokens:5} + {group[0].output_tokens:3} tokens: "
+            f"{seconds[-1]:7.3f} s (of {min(walls):.3f} to {max(walls):.3f})",
+            flush=True,
+        )
+    table = np.array(rows) / np.array(seconds)[:, None]
+    used = list(range(4))
+    while True:
+        solution = np.linalg.lstsq(table[:, used], np.ones(len(seconds)), rcond=None)[0]
+        if (solution >= 0).all():
+            break
+        used.pop(int(solution.argmin()))
+    parts = [0.0] * 4
+    for index, value in zip(used, solution, strict=True):
+        parts[index] = float(value)
+    errors = np.abs(np.array(rows) @ np.array(parts) / np.array(seconds) - 1)
+    print(f"fitted within {errors.max():.0%} at worst, {errors.mean():.0%} on average")
+    return CostModel(*parts)
+
+
+def _with_cost(plan: PoolPlan, cost: CostModel) -> PoolPlan:
+    return replace(plan, cost=cost, replicas=1, scaling=None)
+
+
+async def check(
+    session: aiohttp.ClientSession,
+    info: EngineInfo,
+    model: str,
+    plan: PoolPlan,
+    rate: float,
+    seconds: float,
+) -> None:
+    """Replay one trace against the engine and against the simulator, and print both."""
+    arrivals = list(generate("azure-conversation", rate, seconds, 1, plan.max_model_len))
+    outcome = simulate(arrivals, [_with_cost(plan, plan.cost)], 2.0)
+    began = time.monotonic()
+    timed = await replay(session, info, model, arrivals)
+    wall = time.monotonic() - began
+    ttfts = sorted(one.ttft for one in timed)
+    gaps = sorted(
+        (one.done - one.ttft) / (arrival.output_tokens - 1)
+        for one, arrival in zip(timed, arrivals, strict=True)
+        if arrival.output_tokens > 1
+    )
+    generated = sum(arrival.output_tokens for arrival in arrivals)
+    rows = (
+        ("TTFT p50, s", quantile(ttfts, 0.5), outcome.ttft_p50),
+        ("TTFT p95, s", quantile(ttfts, 0.95), outcome.ttft_p95),
+        ("per token p50, s", quantile(gaps, 0.5), outcome.token_p50),
+        ("per token p95, s", quantile(gaps, 0.95), outcome.token_p95),
+        ("tokens/s", generated / wall, outcome.tokens_per_s),
+    )
+    print(f"{len(arrivals)} requests, {rate:g} a second for {seconds:g} s")
+    for name, real, simulated in rows:
+        print(
+            f"{name:18} real {real:9.4f}  simulated {simulated:9.4f}  {simulated / real - 1:+.0%}"
+        )
+
+
+async def run(args: argparse.Namespace, config: AppConfig) -> None:
+    from serve_app.engine import Engine
+
+    pool = config.pools[args.pool]
+    engine_args = config.engine_args_of(args.pool) | place(pool, config.device).engine_args
+    began = time.monotonic()
+    engine = await Engine.start(engine_args, pool=args.pool, replica="r", host="127.0.0.1")
+    started = time.monotonic() - began
+    info = engine.describe()
+    known = read_measured(args.check) if args.check else None
+    base = known or Measured(
+        measured_on=args.label or f"{config.served_model_name} on {platform.machine()}",
+        layers=len(info.rules),
+        kv_tokens=info.kv_tokens,
+        start_s=round(started, 1),
+        step_s=0,
+        prompt_token_s=0,
+        sequence_s=0,
+        context_token_s=0,
+    )
+    (plan,) = [plan for plan in plans(config, base) if plan.name == args.pool]
+    plan = replace(plan, prefill_tokens=info.prefill_tokens)
+    timeout = aiohttp.ClientTimeout(total=None)
+    connector = aiohttp.TCPConnector(limit=0)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+            model = config.served_model_name
+            if known is None:
+                cost = await measure(session, info, model, plan)
+                fitted = base.model_copy(update=asdict(cost))
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(fitted.model_dump(), indent=2) + "\n")
+                plan = replace(plan, cost=cost)
+            for rate in args.rates:
+                await check(session, info, model, plan, rate, args.seconds)
+    finally:
+        await engine.stop(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("pool")
+    parser.add_argument("--out", type=Path, default=Path("runs/cost.json"))
+    parser.add_argument("--check", type=Path, help="a cost model to check instead of fitting one")
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="arrivals a second")
+    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--label", help="what the cost model says it was measured on")
+    args = parser.parse_args()
+    config = load_config(args.config)
+    os.environ |= config.pools[args.pool].env
+    asyncio.run(run(args, config))
+
+
+if __name__ == "__main__":
+    main()
