@@ -28,26 +28,39 @@ from serve_app.pattern import LayerRule
 def get_kv_cache_groups(
     original: Callable[..., Any], vllm_config: Any, kv_cache_spec: dict[str, KVCacheSpec]
 ) -> Any:
-    """``kv_cache_utils.get_kv_cache_groups``, after checking what it is given.
+    """``kv_cache_utils.get_kv_cache_groups``, between checks of its specs and its groups.
 
-    Raises ``LocalAttentionError`` for a layer whose spec is not its rule's.
+    Raises ``LocalAttentionError`` for a layer whose spec is not its rule's, and for a group of
+    layers with different rules.
     """
     plan = plan_in_force(vllm_config)
-    if plan is not None:
-        promoted = plan.mixed and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
-        for name, spec in kv_cache_spec.items():
-            if isinstance(spec, AttentionSpec):
-                rule = rule_of(plan, name)
-                if rule is not None and not _fits(spec, rule, promoted):
-                    raise LocalAttentionError(
-                        f"Layer {name} should have {rule.kind} but was built with "
-                        f"{type(spec).__name__}; install local-attention-serve on every node, and "
-                        "let VLLM_PLUGINS, if set, name local_attention."
-                    )
-    return original(vllm_config, kv_cache_spec)
+    if plan is None:
+        return original(vllm_config, kv_cache_spec)
+    promoted = plan.mixed and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    ruled = {
+        name: rule
+        for name, spec in kv_cache_spec.items()
+        if isinstance(spec, AttentionSpec) and (rule := rule_of(plan, name)) is not None
+    }
+    for name, rule in ruled.items():
+        if not _fits(kv_cache_spec[name], rule, promoted):
+            raise LocalAttentionError(
+                f"Layer {name} should have {rule.kind} but was built with "
+                f"{type(kv_cache_spec[name]).__name__}; install local-attention-serve on every "
+                "node, and let VLLM_PLUGINS, if set, name local_attention."
+            )
+    groups = original(vllm_config, kv_cache_spec)
+    for group in groups:
+        kinds = {ruled[name] for name in group.layer_names if name in ruled}
+        if len(kinds) > 1 and not promoted:
+            raise LocalAttentionError(
+                f"vLLM put layers of different attention into one KV cache group "
+                f"({', '.join(group.layer_names)}); make all layers alike."
+            )
+    return groups
 
 
-def _fits(spec: AttentionSpec, rule: LayerRule, promoted: bool) -> bool:
+def _fits(spec: KVCacheSpec, rule: LayerRule, promoted: bool) -> bool:
     if isinstance(spec, MLAAttentionSpec):
         return False
     if rule.kind == "full_attention" or promoted:

@@ -1,4 +1,4 @@
-"""Where the plan takes hold of vLLM 0.32: four functions of vLLM, each wrapped once a process.
+"""Where the plan takes hold of vLLM 0.32: six functions of vLLM, each wrapped once a process.
 
 The plan is made once, where the front end makes the model configuration, and is stored in the
 text configuration, which vLLM pickles to the engine core and to every worker.
@@ -43,7 +43,7 @@ def install() -> None:
     _wrap(EngineArgs, "create_engine_config", _create_engine_config)
     _wrap(Attention, "__init__", layers.build)
     _wrap(Attention, "get_kv_cache_spec", layers.kv_cache_spec)
-    _wrap(ChunkedLocalAttention, "get_kv_cache_spec", layers.kv_cache_spec)
+    _wrap(ChunkedLocalAttention, "get_kv_cache_spec", layers.replaced_kv_cache_spec)
     _wrap(kv_cache_utils, "get_kv_cache_groups", audit.get_kv_cache_groups)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
@@ -40,6 +41,7 @@ def build(original: Callable[..., None], layer: Any, *args: Any, **kwargs: Any) 
         return
     extra = arguments.pop("extra_impl_args", {})
     arguments.pop("self")
+    _refuse_shared_cache(plan, rule, arguments)
     _build(original, layer, rule, {**arguments, **extra})
 
 
@@ -78,6 +80,7 @@ def _build(
             cache_config.sliding_window = hidden
     if rule.kind == "chunked_attention" and not in_kernel:
         layer.attn_backend = rows.chunked_backend(layer.attn_backend, rule.span)
+    layer.local_attention_backend = layer.attn_backend
 
 
 def kv_cache_spec(
@@ -86,7 +89,15 @@ def kv_cache_spec(
     """``Attention.get_kv_cache_spec``: what the KV-cache manager keeps for the layer."""
     rule: LayerRule | None = layer.local_attention_rule
     plan = plan_in_force(vllm_config)
-    if rule is None or plan is None or rule == FULL:
+    if rule is None or plan is None:
+        return original(layer, vllm_config)
+    if layer.attn_backend is not layer.local_attention_backend:
+        raise LocalAttentionError(
+            f"Layer {layer.layer_name} was built for {rule.kind}, but something has since given it "
+            f"the attention backend {layer.attn_backend.__name__}; remove local_attention for "
+            "this model."
+        )
+    if rule == FULL:
         return original(layer, vllm_config)
     if plan.mixed and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return _promoted(layer, vllm_config, plan, rule)
@@ -99,6 +110,24 @@ def kv_cache_spec(
             sliding_window=rule.span, sink_tokens=rule.sinks, **_shape(layer, vllm_config, rule)
         )
     return original(layer, vllm_config)
+
+
+def replaced_kv_cache_spec(
+    original: Callable[..., KVCacheSpec | None], layer: Any, vllm_config: Any
+) -> KVCacheSpec | None:
+    """``ChunkedLocalAttention.get_kv_cache_spec``, Llama 4's: its own only without a plan."""
+    if layer.local_attention_rule is None:
+        return original(layer, vllm_config)
+    return Attention.get_kv_cache_spec(layer, vllm_config)
+
+
+def _refuse_shared_cache(plan: Plan, rule: LayerRule, arguments: dict[str, Any]) -> None:
+    target = arguments.get("kv_sharing_target_layer_name")
+    if target is not None and rule_of(plan, target) != rule:
+        raise LocalAttentionError(
+            f"Layer {arguments['prefix']} reads the KV cache of {target}, which has another kind "
+            "of attention; give both the same kind by layer_types."
+        )
 
 
 def _promoted(layer: Any, vllm_config: Any, plan: Plan, rule: LayerRule) -> FullAttentionSpec:
