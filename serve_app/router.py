@@ -97,6 +97,11 @@ class _Turn:
 
     lease: asyncio.Future[Lease]
     avoid: frozenset[str]
+    patience: asyncio.Timeout  # runs while no replica is alive and one may be started
+
+    def wait_until(self, at: float | None) -> None:
+        if not self.lease.done() and not self.patience.expired():
+            self.patience.reschedule(at)
 
 
 _WHOLE = Share()
@@ -204,11 +209,11 @@ class Pool:
         else:
             self._batcher.add(waiting)
         future: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        self._waiting[waiting.id] = _Turn(future, avoid)
-        self._step()
-        patience = None if self.alive else self._cold_start_s
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(None) as patience:
+                self._waiting[waiting.id] = _Turn(future, avoid, patience)
+                self._waiting[waiting.id].wait_until(self._patience_ends())
+                self._step()
                 return await future
         except (TimeoutError, asyncio.CancelledError) as error:
             # The lease may have come in the same turn of the loop.
@@ -271,6 +276,12 @@ class Pool:
             avoid=avoid,
         )
 
+    def _patience_ends(self) -> float | None:
+        """When those who wait for a first engine have waited long enough, by the loop's clock."""
+        if self.alive or self._cold_start_s is None:
+            return None
+        return asyncio.get_running_loop().time() + self._cold_start_s
+
     def _hopeless(self, avoid: frozenset[str]) -> bool:
         """Whether no replica outside ``avoid`` takes requests, and none is to be expected."""
         if not self.alive and self._cold_start_s is not None:
@@ -310,12 +321,15 @@ class Pool:
         live = self._balancer.live()
         if live == self._live:
             return False
+        lit = bool(live) != bool(self._live)  # or gone dark
         self._live = live
         dismissed = False
         for name, turn in self._waiting.items():
             if not turn.lease.done() and self._hopeless(turn.avoid):
                 _fail(turn, self._unavailable(turn.avoid))
                 dismissed = self._batcher.cancel(name) or dismissed
+            elif lit:
+                turn.wait_until(self._patience_ends())
         return dismissed
 
     def _set_timer(self, now: float) -> None:

@@ -95,16 +95,17 @@ class Server:
 
         ``engine_short=2`` means two replicas of the deployment ``engine-short``.
         """
-        file = self._write({name.replace("_", "-"): count for name, count in replicas.items()})
-        dashboard = re.search(r"dashboard at \S*http://([\d.]+:\d+)", self.log)
+        self._write({name.replace("_", "-"): count for name, count in replicas.items()})
+        dashboard = re.search(r"dashboard at \S*(http://[\d.]+:\d+)", self.log)
         assert dashboard, self.log
-        serve = str(Path(sys.executable).with_name("serve"))
-        subprocess.run(
-            [serve, "deploy", str(file), "--address", f"http://{dashboard.group(1)}"],
-            check=True,
-            capture_output=True,
+        token = Path.home() / ".ray" / "auth_token"
+        headers = {"authorization": f"Bearer {token.read_text()}"} if token.exists() else {}
+        httpx.put(  # what `serve deploy` does
+            f"{dashboard.group(1)}/api/serve/applications/",
+            json=self._settings,
+            headers=headers,
             timeout=60,
-        )
+        ).raise_for_status()
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """The processes of a deployment's replicas, in the order in which they started."""

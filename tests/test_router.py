@@ -468,3 +468,18 @@ async def test_a_replica_is_asked_for_once_while_requests_wait() -> None:
     assert (await asyncio.wait_for(pool.lease(call()), 5)).replica == "new"
     assert woken == [1]
     fresh.cancel()
+
+
+async def test_who_waits_when_the_last_engine_dies_waits_no_longer_than_one_takes_to_start() -> (
+    None
+):
+    pool = Pool("only", 1000, share=Share(overcommit=1), cold_start_s=0.05)
+    pool.update([replace(engine("e1", "only"), prefill_tokens=90, kv_tokens=100)])
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    waiting = asyncio.create_task(router.route(call(100)))
+    await asyncio.sleep(0)
+    pool.fail(first.lease, EngineError("dead"))
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(waiting, 5)
+    assert pool.queued == 0

@@ -136,11 +136,26 @@ class RouterStates(RuleBasedStateMachine):
         longs=st.integers(0, 2),
         max_queued=st.integers(1, 6),
         overcommit=st.sampled_from([0.5, 2.0]),
+        cold_start_s=st.sampled_from([None, None, 30.0]),
     )
-    def start(self, shorts: int, longs: int, max_queued: int, overcommit: float) -> None:
+    def start(
+        self,
+        shorts: int,
+        longs: int,
+        max_queued: int,
+        overcommit: float,
+        cold_start_s: float | None,
+    ) -> None:
         limits = BatchingLimits(max_queued=max_queued, max_wait_s=1.0, batch_max_wait_s=3.0)
         self.pools = {
-            name: Pool(name, limit, share=Share(1, overcommit), limits=limits, clock=self.loop.time)
+            name: Pool(
+                name,
+                limit,
+                share=Share(1, overcommit),
+                limits=limits,
+                cold_start_s=cold_start_s,
+                clock=self.loop.time,
+            )
             for name, limit in LIMITS.items()
         }
         self.router = Router(list(self.pools.values()), self._open)

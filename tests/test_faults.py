@@ -1,0 +1,136 @@
+"""Faults on real engines: a replica killed under streams, and scaling under traffic."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from tests.serving import Server
+
+COMPLETIONS = "/v1/completions"
+RECOVERY_S = 150
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Server]:
+    """The demo application with two replicas of the short pool."""
+    running = Server(scale={"engine-short": 2})
+    try:
+        running.wait_ready()
+        wait_for_engines(running, 2)
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture
+async def http(pair: Server) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=pair.url, timeout=120, trust_env=False, limits=limits
+    ) as http:
+        yield http
+
+
+def wait_for_engines(server: Server, count: int) -> None:
+    """Return when the short pool has exactly ``count`` engines that take requests."""
+    deadline = time.monotonic() + RECOVERY_S
+    while (ready := httpx.get(f"{server.url}/ready").json()["pools"]["short"]) != count:
+        assert time.monotonic() < deadline, f"{ready} engines, not {count}:\n{server.log[-3000:]}"
+        time.sleep(0.5)
+
+
+def body(tokens: int, **extra: object) -> dict[str, object]:
+    return {
+        "model": "demo",
+        "prompt": "once upon",
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        **extra,
+    }
+
+
+@dataclass
+class Stream:
+    """One streamed answer as it was received."""
+
+    begun: asyncio.Event
+    events: list[str]
+
+    async def receive(self, http: httpx.AsyncClient) -> None:
+        request = body(900, stream=True)
+        async with http.stream("POST", COMPLETIONS, json=request) as answer:
+            assert answer.status_code == 200
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    self.events.append(line.removeprefix("data: "))
+                    self.begun.set()
+
+
+async def test_a_killed_replica_cuts_its_streams_and_loses_nothing_else(
+    pair: Server, http: httpx.AsyncClient
+) -> None:
+    victim, _survivor = pair.replicas("engine-short")
+    streams = [Stream(asyncio.Event(), []) for _ in range(8)]
+    receiving = [asyncio.create_task(stream.receive(http)) for stream in streams]
+    await asyncio.gather(*(stream.begun.wait() for stream in streams))
+    plain = [asyncio.create_task(http.post(COMPLETIONS, json=body(300))) for _ in range(8)]
+    await both_engines_have(http, 3 * 900 + 2 * 300)
+    victim.send_signal(signal.SIGKILL)
+
+    await asyncio.gather(*receiving)
+    cut = [stream for stream in streams if "[DONE]" not in stream.events]
+    assert 1 <= len(cut) <= 7
+    for stream in cut:
+        assert json.loads(stream.events[-1])["error"]["code"] == "engine_failed"
+    for stream in streams:
+        if stream not in cut:
+            assert len(stream.events) >= 900 / 2  # nothing of it is missing
+    for answer in await asyncio.gather(*plain):
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["completion_tokens"] == 300
+    await asyncio.to_thread(wait_for_engines, pair, 2)
+
+
+async def both_engines_have(http: httpx.AsyncClient, tokens: int) -> None:
+    """Return when the gateway has so many tokens under way on both engines of the short pool."""
+    async with asyncio.timeout(30):
+        while True:
+            lines = (await http.get("/metrics")).text.splitlines()
+            outstanding = [
+                float(line.split()[-1])
+                for line in lines
+                if line.startswith('engine_outstanding_tokens{pool="short"')
+            ]
+            if len(outstanding) == 2 and min(outstanding) >= tokens:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_scaling_down_and_up_loses_no_request(pair: Server, http: httpx.AsyncClient) -> None:
+    await asyncio.to_thread(wait_for_engines, pair, 2)
+    statuses: list[int] = []
+    scaled = asyncio.Event()
+
+    async def ask_on() -> None:
+        while not scaled.is_set():
+            answer = await http.post(COMPLETIONS, json=body(40))
+            statuses.append(answer.status_code)
+
+    asking = [asyncio.create_task(ask_on()) for _ in range(4)]
+    try:
+        for count in (1, 2):
+            await asyncio.to_thread(pair.scale, engine_short=count)
+            await asyncio.to_thread(wait_for_engines, pair, count)
+    finally:
+        scaled.set()
+        await asyncio.gather(*asking)
+    assert set(statuses) == {200}
+    assert len(statuses) > 10
