@@ -15,10 +15,12 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from opentelemetry.trace import Span
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -40,6 +42,7 @@ from serve_app.lengths import Estimate, LengthEstimator
 from serve_app.metrics import GatewayMetrics
 from serve_app.request import Call, EngineInfo
 from serve_app.router import Answer, Router
+from serve_app.tracing import Tracer, trace_headers
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,11 @@ _LARGE_BODY_BYTES = 2**20
 
 
 def create_app(
-    config: AppConfig, router: Router, metrics: GatewayMetrics, keys: KeyRing | None = None
+    config: AppConfig,
+    router: Router,
+    metrics: GatewayMetrics,
+    keys: KeyRing | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The application of one gateway; ``keys`` is None where anybody may ask.
 
@@ -96,7 +103,10 @@ def create_app(
             deadline=_deadline(request, arrived),
             prefix_key=body.get("prompt_cache_key") or request.headers.get("x-session-id"),
         )
-        return Relay(call, key.name if key else "-", estimate, router, lengths, metrics)
+        span = tracer.start(call.id, call.path, request.headers) if tracer else None
+        if span:
+            call = replace(call, trace=trace_headers(span))
+        return Relay(call, key.name if key else "-", estimate, router, lengths, metrics, span)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -173,8 +183,10 @@ class Relay(Response):
         router: Router,
         lengths: LengthEstimator,
         metrics: GatewayMetrics,
+        span: Span | None = None,
     ) -> None:
         self._call = call
+        self._span = span
         self._key_name = key_name
         self._estimate = estimate
         self._router = router
@@ -244,6 +256,10 @@ class Relay(Response):
             self._metrics.wasted_chunks.inc(self._chunks)
         self._metrics.requests.labels(self._pool, str(self._status)).inc()
         self._metrics.duration.labels(self._pool).observe(self._elapsed())
+        if self._span:
+            self._span.set_attribute("pool", self._pool)
+            self._span.set_attribute("http.response.status_code", self._status)
+            self._span.end()
         log.info(
             "request id=%s key=%s path=%s pool=%s status=%d seconds=%.3f tokens=%d",
             self._call.id,

@@ -63,6 +63,9 @@ class GatewayConfig(_Strict):
     api_keys_file: str | None = Field(
         default=None, description="Hashes of the keys that may ask; see serve_app/keys.py."
     )
+    otlp_endpoint: str | None = Field(
+        default=None, description="Where traces go, such as http://127.0.0.1:4318; off without."
+    )
     limits: Limits = Limits()
 
 

@@ -29,6 +29,7 @@ from serve_app.metrics import GatewayMetrics
 from serve_app.placement import check_room, place
 from serve_app.request import Demand, EngineInfo
 from serve_app.router import Discover, Pool, Router, Share, Wake, keep_fresh
+from serve_app.tracing import Tracer
 from serve_app.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ class GatewayDeployment:
         ]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._config, self._router, GatewayMetrics(), read_keys(self._config))
+        self._tracer = Tracer.configured(self._config.gateway.otlp_endpoint)
+        keys = read_keys(self._config)
+        return create_app(self._config, self._router, GatewayMetrics(), keys, self._tracer)
 
     async def check_health(self) -> None:
         for task in self._tasks:
@@ -127,6 +130,8 @@ class GatewayDeployment:
             task.cancel()
         if hasattr(self, "_upstream"):
             await self._upstream.close()
+        if tracer := getattr(self, "_tracer", None):
+            await asyncio.to_thread(tracer.close)
 
 
 def _pool(config: AppConfig, name: str) -> Pool:

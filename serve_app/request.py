@@ -67,4 +67,5 @@ class Call:
     arrived: float = 0.0
     priority: Literal["interactive", "batch"] = "interactive"
     deadline: float | None = None
+    trace: tuple[tuple[str, str], ...] = ()  # headers that continue the request's trace
     prefix_key: str | None = None  # requests with the same key share the start of their prompts

@@ -169,5 +169,6 @@ class Upstream:
             "x-request-id": call.id,
             TOKEN_HEADER: engine.token,
             BUDGET_HEADER: str(call.output_tokens),
+            **dict(call.trace),
         }
         return await self._session.post(engine.url + call.path, data=call.body, headers=headers)

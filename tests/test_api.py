@@ -9,6 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from serve_app.api import create_app
 from serve_app.config import AppConfig, GatewayConfig
@@ -17,6 +19,7 @@ from serve_app.keys import KeyRing, hash_key
 from serve_app.metrics import GatewayMetrics
 from serve_app.request import Call, EngineInfo
 from serve_app.router import Pool, Router
+from serve_app.tracing import ENDPOINT_VARIABLE, Tracer
 
 CONFIG = AppConfig.model_validate(
     {
@@ -67,6 +70,7 @@ class Gateway:
         reply: FakeReply | None,
         keys: KeyRing | None = None,
         config: AppConfig = CONFIG,
+        tracer: Tracer | None = None,
     ) -> None:
         self.pool = Pool("short", 1024)
         self.calls: list[Call] = []
@@ -79,7 +83,7 @@ class Gateway:
             return reply
 
         self.metrics = GatewayMetrics()
-        self.app = create_app(config, Router([self.pool], open_call), self.metrics, keys)
+        self.app = create_app(config, Router([self.pool], open_call), self.metrics, keys, tracer)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app), base_url="http://gateway"
         )
@@ -329,3 +333,27 @@ async def test_priority_deadline_and_prefix_reach_the_router() -> None:
     (call,) = gateway.calls
     assert (call.priority, call.prefix_key) == ("batch", "s")
     assert call.deadline == pytest.approx(call.arrived + 5)
+
+
+async def test_a_span_continues_the_clients_trace_and_is_continued_by_the_engine() -> None:
+    spans = InMemorySpanExporter()
+    gateway = Gateway(FakeReply(b"{}"), tracer=Tracer(SimpleSpanProcessor(spans)))
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "x-request-id": "abc"}
+    await gateway.http.post("/v1/completions", json=ASK, headers=headers)
+    (span,) = spans.get_finished_spans()
+    assert span.context is not None
+    assert span.context.trace_id == int(trace, 16)
+    assert dict(span.attributes or {}) == {
+        "request.id": "abc",
+        "url.path": "/v1/completions",
+        "pool": "short",
+        "http.response.status_code": 200,
+    }
+    sent = dict(gateway.calls[0].trace)["traceparent"]
+    assert sent == f"00-{trace}-{span.context.span_id:016x}-01"
+
+
+def test_traces_are_off_unless_an_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENDPOINT_VARIABLE, raising=False)
+    assert Tracer.configured(None) is None

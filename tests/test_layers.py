@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import from the modules of the layers below it, and from those named beside it.
 LAYERS: list[set[str]] = [
-    {"errors", "pattern", "config", "request", "metrics", "guard", "keys", "openapi"},
+    {"errors", "pattern", "config", "request", "metrics", "guard", "keys", "openapi", "tracing"},
     {"balance", "batching", "lengths", "capacity", "placement"},
     {"router", "upstream", "autoscaling", "simulator"},
     {"api", "engine"},

@@ -15,7 +15,14 @@ from serve_app.upstream import Upstream
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CALL = Call(
-    id="r1", path="/x", body=b'{"a":1}', fit_tokens=1, total_tokens=1, output_tokens=9, stream=True
+    id="r1",
+    path="/x",
+    body=b'{"a":1}',
+    fit_tokens=1,
+    total_tokens=1,
+    output_tokens=9,
+    stream=True,
+    trace=(("traceparent", "00-trace"),),
 )
 
 
@@ -50,6 +57,7 @@ async def test_the_body_token_and_budget_arrive_and_the_count_comes_back(
         assert await request.read() == CALL.body
         assert request.headers["x-engine-token"] == "secret"
         assert request.headers["x-output-budget"] == "9"
+        assert request.headers["traceparent"] == "00-trace"
         return web.json_response({"ok": 1}, headers={"x-prompt-tokens": "42"})
 
     reply = await upstream.open(await serve(handler), CALL)
