@@ -40,7 +40,7 @@ load: install ## Load a running server for a minute and print a table for each l
 	$(BIN)/locust -f load_tests/benchmark.py --headless -u 1 -t 60s --rate 2 --host http://127.0.0.1:8000
 
 bench-gateway: install $(DEMO) ## Measure the time that the gateway adds to an engine's own port
-	$(BIN)/python benchmarks/serve_gateway.py
+	$(BIN)/python -m benchmarks.gateway_serve
 
 clean: ## Remove .venv and the demo model
 	rm -rf .venv models/demo
