@@ -2,7 +2,7 @@
 
     python benchmarks/fake_engine.py --streams 1,8 --bodies 1024     # options are gateway.py's
 
-No Ray and no model: what is added is the gateway's code and one more hop. ``serve_gateway.py``
+No Ray and no model: what is added is the gateway's code and one more hop. ``gateway_serve.py``
 measures the same with a real engine behind Ray Serve.
 """
 
