@@ -206,6 +206,15 @@ class Batcher:
         """Release what finds room, like with like, and drop what is past its deadline."""
         expired = self._expire(now)
         released: list[tuple[Waiting, Lease]] = []
+        # A release can end the reservation that held back a lane visited before it.
+        while visited := self._visit_lanes(now):
+            released += visited
+        self._rate.backlog(bool(self._where), now)
+        return Step(tuple(released), expired)
+
+    def _visit_lanes(self, now: float) -> list[tuple[Waiting, Lease]]:
+        """Release from each lane in turn until none finds room."""
+        released: list[tuple[Waiting, Lease]] = []
         used = (lane for lane in self._lanes.values() if lane.queue)
         lanes = sorted(used, key=lambda lane: lane.rank(now))
         while lanes:
@@ -214,8 +223,7 @@ class Batcher:
             released += run
             if run and lane.queue:
                 lanes.append(lane)  # its next turn comes after the others'
-        self._rate.backlog(bool(self._where), now)
-        return Step(tuple(released), expired)
+        return released
 
     def finish(self, lease: Lease, now: float) -> bool:
         """Give back what a lease holds, however its request ended. False if done before."""

@@ -249,6 +249,19 @@ def test_no_head_waits_longer_than_the_bound_whatever_arrives(
         assert wait <= bound + lanes * longest + 1e-6
 
 
+def test_a_lane_held_back_by_a_reservation_goes_as_soon_as_that_is_used() -> None:
+    batcher, balancer = pool()
+    for name, tokens in (("short", 50), ("long", 4000), ("starved", 4000)):
+        batcher.add(waiting(name, tokens))
+    leases = {request.id: lease for request, lease in batcher.step(0.0).released}
+    assert leases.keys() == {"short", "long"}
+    assert released(batcher, 2.0) == []  # the replica is now kept for "starved"
+    batcher.add(waiting("late", 50, arrived=2.0))
+    assert released(batcher, 4.0) == []
+    balancer.prefilled(leases["short"])
+    assert set(released(batcher, 4.0)) == {"starved", "late"}
+
+
 class Scheduling(RuleBasedStateMachine):
     """Any order of arrivals, cancels, first tokens, ends, deaths and the passing of time."""
 
