@@ -12,9 +12,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-import yaml
 
-from tests.serving import ROOT, Server
+from tests.serving import Server, demo_pool, write_deployment
 
 DOWN_DELAY_S = 12
 
@@ -22,26 +21,16 @@ DOWN_DELAY_S = 12
 @pytest.fixture
 def elastic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo's long pool alone, with nothing running until somebody asks."""
-    config = yaml.safe_load((ROOT / "configs" / "demo-cpu.yaml").read_text())
-    config["model"] = str(ROOT / "models" / "demo")
-    config["pools"] = {
-        "elastic": config["pools"]["long"]
-        | {
-            "autoscaling": {
-                "min_replicas": 0,
-                "max_replicas": 2,
-                "target_tokens_per_replica": 4000,
-                "up_delay_s": 1,
-                "down_delay_s": DOWN_DELAY_S,
-            }
+    pool = demo_pool("long") | {
+        "autoscaling": {
+            "min_replicas": 0,
+            "max_replicas": 2,
+            "target_tokens_per_replica": 4000,
+            "up_delay_s": 1,
+            "down_delay_s": DOWN_DELAY_S,
         }
     }
-    directory = tmp_path_factory.mktemp("elastic")
-    (directory / "elastic.yaml").write_text(yaml.safe_dump(config))
-    deploy = yaml.safe_load((ROOT / "deploy.yaml").read_text())
-    deploy["applications"][0]["args"]["config"] = str(directory / "elastic.yaml")
-    (directory / "deploy.yaml").write_text(yaml.safe_dump(deploy))
-    running = Server(directory / "deploy.yaml")
+    running = Server(write_deployment({"elastic": pool}, tmp_path_factory.mktemp("elastic")))
     try:
         running.wait_ready()
         yield running

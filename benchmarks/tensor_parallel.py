@@ -12,23 +12,15 @@ from collections.abc import Iterator
 import httpx
 import psutil
 import pytest
-import yaml
 
-from tests.serving import ROOT, Server
+from tests.serving import Server, demo_pool, write_deployment
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo's long pool alone, split over two workers."""
-    config = yaml.safe_load((ROOT / "configs" / "demo-cpu.yaml").read_text())
-    pool = config["pools"]["long"] | {"tensor_parallel_size": 2, "num_cpus": 0.5}
-    config |= {"pools": {"pair": pool}, "model": str(ROOT / "models" / "demo")}
-    directory = tmp_path_factory.mktemp("pair")
-    (directory / "pair.yaml").write_text(yaml.safe_dump(config))
-    deploy = yaml.safe_load((ROOT / "deploy.yaml").read_text())
-    deploy["applications"][0]["args"]["config"] = str(directory / "pair.yaml")
-    (directory / "deploy.yaml").write_text(yaml.safe_dump(deploy))
-    running = Server(directory / "deploy.yaml")
+    pool = demo_pool("long") | {"tensor_parallel_size": 2, "num_cpus": 0.5}
+    running = Server(write_deployment({"pair": pool}, tmp_path_factory.mktemp("pair")))
     try:
         running.wait_ready()
         yield running

@@ -6,6 +6,8 @@ ports, proxies) stays in ``deploy.yaml``; what belongs to the models and pools i
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -242,6 +244,18 @@ def load_config(path: str | Path) -> AppConfig:
         return AppConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def refuse_unknown_arguments(args: Iterable[str], known: Collection[str]) -> None:
+    """Raise ``ConfigError`` for an argument that vLLM does not have, naming the nearest one.
+
+    ``known`` are vLLM's names: read from its classes where vLLM is loaded, else from its source.
+    """
+    for name in args:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"vLLM has no engine argument {name}.{hint}")
 
 
 def explain(error: ValidationError) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import difflib
 import hmac
 import secrets
 import socket
@@ -32,7 +31,8 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app import request as wire
 from serve_app.capacity import cache_groups, held_blocks, kv_tokens
-from serve_app.errors import ConfigError, LocalAttentionError
+from serve_app.config import refuse_unknown_arguments
+from serve_app.errors import LocalAttentionError
 from serve_app.local_attention.plan import plan_in_force
 from serve_app.pattern import FULL, LayerRule
 from serve_app.request import EngineInfo, EngineLoad
@@ -53,14 +53,9 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 def check_engine_args(args: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` for an argument that vLLM does not have, naming the nearest one."""
-    fields = {
-        field.name for kind in (AsyncEngineArgs, FrontendArgs) for field in dataclasses.fields(kind)
-    }
-    for name in args:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"vLLM has no engine argument {name}.{hint}")
+    kinds = (AsyncEngineArgs, FrontendArgs)
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    refuse_unknown_arguments(args, known)
 
 
 class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM ships no types

@@ -8,18 +8,16 @@ when Ray is told to join a cluster elsewhere; there the builder compares pools a
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import ipaddress
 import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from serve_app.config import AppConfig, load_config
+from serve_app.config import AppConfig, load_config, refuse_unknown_arguments
 from serve_app.errors import ConfigError
 from serve_app.keys import KEYS_VARIABLE, read_keys
 from serve_app.placement import check_room
@@ -74,8 +72,9 @@ def read_deployment(path: Path) -> Deployment:
 
 def check(deployment: Deployment) -> None:
     """Raise ``ConfigError`` for what is wrong with the configuration, wherever it will run."""
+    known = engine_argument_names()
     for pool in deployment.config.pools:
-        check_engine_args(deployment.config.engine_args_of(pool))
+        refuse_unknown_arguments(deployment.config.engine_args_of(pool), known)
     check_port(deployment.host, deployment.port)
 
 
@@ -103,16 +102,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def check_engine_args(args: dict[str, Any]) -> None:
-    """Refuse a name that vLLM does not have."""
-    known = engine_argument_names()
-    for name in args:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"vLLM has no engine argument {name}.{hint}")
 
 
 def engine_argument_names() -> set[str]:

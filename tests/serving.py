@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -38,6 +39,23 @@ def free_port() -> int:
 def _die_with_parent() -> None:
     """Ask the kernel to end this process when the test run ends, even if that is killed."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; Ray's processes follow theirs
+
+
+def write_deployment(pools: dict[str, Any], directory: Path) -> Path:
+    """A ``deploy.yaml`` in ``directory`` that serves the demo model with these pools."""
+    config = yaml.safe_load((ROOT / "configs" / "demo-cpu.yaml").read_text())
+    config |= {"pools": pools, "model": str(ROOT / "models" / "demo")}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    deploy = yaml.safe_load((ROOT / "deploy.yaml").read_text())
+    deploy["applications"][0]["args"]["config"] = str(directory / "config.yaml")
+    (directory / "deploy.yaml").write_text(yaml.safe_dump(deploy))
+    return directory / "deploy.yaml"
+
+
+def demo_pool(name: str) -> dict[str, Any]:
+    """One pool of the demo's configuration, as the file has it."""
+    config = yaml.safe_load((ROOT / "configs" / "demo-cpu.yaml").read_text())
+    return dict(config["pools"][name])
 
 
 class Server:

@@ -12,8 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from serve_app.config import load_config
-from serve_app.preflight import check_engine_args
+from serve_app.config import load_config, refuse_unknown_arguments
+from serve_app.preflight import engine_argument_names
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -32,7 +32,7 @@ def pins(*names: str) -> dict[str, Requirement]:
 def test_every_shipped_configuration_loads(path: Path) -> None:
     config = load_config(path)
     for pool in config.pools:
-        check_engine_args(config.engine_args_of(pool))
+        refuse_unknown_arguments(config.engine_args_of(pool), engine_argument_names())
 
 
 def test_the_deployment_names_a_configuration_that_loads() -> None:
