@@ -190,6 +190,9 @@ class Batcher:
         """Put a request back that was released in vain: to its old place, whatever the limit."""
         lane = self._lane(waiting)
         older = list(takewhile(lambda other: other.arrived < waiting.arrived, lane.queue.values()))
+        if lane.queue and not older:
+            # No longer the head: a replica kept for it would be kept from the new head, for ever.
+            self._balancer.forget(lane.head.id)
         self._put(waiting, lane)
         for request in (waiting, *reversed(older)):
             lane.queue.move_to_end(request.id, last=False)

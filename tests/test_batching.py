@@ -186,6 +186,16 @@ def test_a_request_released_in_vain_returns_to_the_head() -> None:
     assert released(batcher, 0.3) == ["first"]
 
 
+def test_one_put_before_a_head_that_has_a_replica_kept_for_it_is_released() -> None:
+    batcher, _ = pool()
+    lease = fill(batcher)
+    batcher.add(waiting("head", 60_000))
+    assert released(batcher, 3.0) == []  # past the bound: the replica is kept for it
+    batcher.requeue(waiting("misrouted", 60_000))
+    batcher.finish(lease, 4.0)
+    assert released(batcher, 4.0) == ["misrouted"]
+
+
 def test_the_next_step_is_due_when_a_class_starves() -> None:
     batcher, _ = pool()
     fill(batcher)
@@ -286,6 +296,17 @@ class Scheduling(RuleBasedStateMachine):
         self.queued[request.id] = request
         self.step()
 
+    @rule(
+        tokens=st.sampled_from([50, 1000, 4000, 30_000]),
+        earlier=st.sampled_from([0.0, 0.5, 5.0]),
+    )
+    def come_from_a_smaller_pool(self, tokens: int, earlier: float) -> None:
+        self.count += 1
+        request = waiting(f"{self.count}", tokens, self.now - earlier)
+        self.batcher.requeue(request)
+        self.queued[request.id] = request
+        self.step()
+
     @rule(seconds=st.floats(0.01, 5))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -367,10 +388,15 @@ class Scheduling(RuleBasedStateMachine):
             assert trial.acquire(head.id, head.cost, edge) is None
 
     def teardown(self) -> None:
-        for request in list(self.queued):
-            assert self.batcher.cancel(request)
-        for lease in list(self.running):
+        for name in ("r0", "r1"):
+            self.balancer.readmit(name)
+        self.step()
+        while self.running:  # whatever waits is released as what runs ends
+            lease = next(iter(self.running))
             assert self.batcher.finish(lease, self.now)
+            del self.running[lease]
+            self.step()
+        assert not self.queued
         assert len(self.batcher) == self.batcher.queued_tokens == 0
         assert all(load.requests == load.kv == 0 for load in self.balancer.loads().values())
         assert self.batcher.next_deadline(self.now) is None
