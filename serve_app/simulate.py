@@ -32,6 +32,7 @@ from serve_app.simulator import (
 
 _DEFAULT_PREFILL_TOKENS = 8192
 _DEFAULT_SEQUENCES = 256
+_KNOWN_LENGTHS = " or ".join(", ".join(LENGTHS).rsplit(", ", 1))
 
 
 class Measured(BaseModel):
@@ -116,7 +117,7 @@ def simulate_command(
         Path | None, typer.Option(help="A CSV: time, prompt tokens, output tokens.")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help=f"Without a trace: {' or '.join(LENGTHS)}.")
+        str, typer.Option(help=f"Without a trace: {_KNOWN_LENGTHS}.")
     ] = "azure-conversation",
     rate: Annotated[float, typer.Option(min=1e-6, help="Arrivals a second.")] = 1.0,
     seconds: Annotated[float, typer.Option(min=1)] = 600,
@@ -140,7 +141,7 @@ def simulate_command(
             raise ConfigError(f"The trace {trace} cannot be read: {error}.") from error
     else:
         if lengths not in LENGTHS:
-            raise ConfigError(f"lengths is {lengths!r}, but it must be {' or '.join(LENGTHS)}.")
+            raise ConfigError(f"lengths is {lengths!r}, but it must be {_KNOWN_LENGTHS}.")
         longest = max(plan.max_model_len for plan in pools)
         arrivals = list(generate(lengths, rate, seconds, seed, longest))
     if write is not None:

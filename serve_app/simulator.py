@@ -39,13 +39,20 @@ from serve_app.pattern import FULL, LayerRule
 _DECIDE_S = 1.0  # between two decisions of the autoscaling policy
 _TTFT_WINDOW_S = 15.0
 
-# Quantiles of the lengths in Azure's LLM inference traces of November 2023: minimum, 10 %, 50 %,
-# 90 %, maximum, prompt and output. https://github.com/Azure/AzurePublicDataset (CC-BY), described
-# in Patel et al., "Splitwise", ISCA 2024. Between them, lengths are interpolated in logarithms.
+# Quantiles of lengths: minimum, 10 %, 50 %, 90 %, maximum, prompt and output. Between them, lengths
+# are interpolated in logarithms.
+# - azure: Azure's LLM inference traces of November 2023,
+#   https://github.com/Azure/AzurePublicDataset (CC-BY), described in Patel et al., "Splitwise",
+#   ISCA 2024.
+# - lmsys: no quantiles are published. Fitted to the means of Zheng et al., "LMSYS-Chat-1M", ICLR
+#   2024, Table 1 (69.5 tokens a prompt, 214.5 a response): the exponential distribution of that
+#   mean, whose maximum makes the interpolated mean the published one. The few very long prompts
+#   that such traffic has are not in it, and a prompt is one turn, without the turns before it.
 _LEVELS = (0.0, 0.1, 0.5, 0.9, 1.0)
 LENGTHS = {
     "azure-conversation": ((1, 207, 1020, 2735, 14050), (1, 54, 129, 424, 1000)),
     "azure-code": ((1, 147, 1469, 5194, 7437), (1, 7, 13, 55, 1899)),
+    "lmsys-chat": ((1, 7, 48, 160, 329), (1, 23, 149, 494, 998)),
 }
 
 

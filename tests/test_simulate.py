@@ -89,7 +89,7 @@ def test_repeating_keeps_the_span_of_a_trace() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("--lengths", "novels", "must be azure-conversation or azure-code"),
+        ("--lengths", "novels", "must be azure-conversation, azure-code or lmsys-chat"),
         ("--scale", "0", "must be numbers such as 1,10,100"),
         ("--trace", "nowhere.csv", "The trace nowhere.csv cannot be read"),
         ("--cost", "nowhere.json", "The cost model nowhere.json cannot be read"),

@@ -142,6 +142,12 @@ def test_generated_lengths_have_the_published_quantiles() -> None:
     )
 
 
+def test_fitted_lengths_have_the_published_means() -> None:
+    load = list(generate("lmsys-chat", 100, 600, seed=4))
+    assert statistics.mean(a.prompt_tokens for a in load) == pytest.approx(69.5, rel=0.03)
+    assert statistics.mean(a.output_tokens for a in load) == pytest.approx(214.5, rel=0.03)
+
+
 def test_a_trace_survives_its_file() -> None:
     load = list(generate("azure-conversation", 2, 20))
     file = io.StringIO()
