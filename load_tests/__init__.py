@@ -3,12 +3,14 @@
 Imports nothing from ``serve_app``: what is measured is what a client sees.
 
 ====================  =========================================================
-``benchmark.py``      locustfile: mixed traffic at an open-loop Poisson rate
+``benchmark.py``      locustfile: mixed traffic at an open-loop rate, or a trace
 ``long_context.py``   locustfile: cost and retrieval against prompt length
 ``shapes.py``         locustfile: steps, spike and ramp, beside ``benchmark.py``
+``user.py``           the Locust user behind both
 ``client.py``         one streamed request over geventhttpclient
 ``stream.py``         what a request is, what its stream showed (pure)
 ``prompts.py``        prompts of exact token lengths (pure but for two look-ups)
+``traffic.py``        mixes, published lengths, traces (pure)
 ``run.py``            one run: options, records, files, drain, client CPU
 ``summary.py``        the tables and the verdict (pure)
 ``drive.py``          the same without Locust's runner

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from load_tests.compare import Round, Side, compare, order
 from load_tests.drive import cpu_share, headers_of, open_loop
-from load_tests.prompts import DEMO_MIX, Deck, PromptMaker, first_model, parse_mix, server_count
+from load_tests.prompts import PromptMaker, first_model, server_count
 from load_tests.stream import Ask, Record
 from load_tests.summary import columns, finite, is_good, verdict
+from load_tests.traffic import DEMO_MIX, Deck, mix_deck, parse_mix
 
 Measured = dict[int, dict[Side, list[Record]]]  # round, side, records
 
@@ -50,7 +51,7 @@ def main() -> None:
     targets = {each.name: each for each in mix}
     model = chosen.model or first_model(hosts["A"], headers["A"])
     count = server_count(hosts["A"], model, headers["A"], chat=True)
-    deck = Deck(mix, PromptMaker(model, count, chosen.seed))
+    deck = mix_deck(mix, PromptMaker(model, count, chosen.seed))
     measured: Measured = defaultdict(lambda: {"A": [], "B": []})
     cpu: list[float] = []
     for block, (number, side) in enumerate(order(chosen.rounds)):

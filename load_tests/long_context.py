@@ -21,11 +21,11 @@ from locust import events, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from load_tests.client import StreamingUser
 from load_tests.prompts import SALT, PromptMaker
 from load_tests.run import Run, add_arguments, conclude, prompt_maker, refuse
 from load_tests.stream import Ask, Record
 from load_tests.summary import columns, figure, percentile
+from load_tests.user import StreamingUser, end
 
 DEPTHS = (0.1, 0.5, 0.9)
 
@@ -46,13 +46,9 @@ class Sweep(StreamingUser):
     @task
     def next(self) -> None:
         if not self.left:
-            gevent.spawn(self._end)
+            gevent.spawn(end, self.environment)
             raise StopUser
         self.launch(self.left.popleft(), perf_counter()).join()
-
-    def _end(self) -> None:
-        runner = self.environment.runner
-        runner.stop() if self.environment.web_ui else runner.quit()
 
 
 @events.init.add_listener

@@ -13,7 +13,7 @@ import math
 import random
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,11 +22,6 @@ from load_tests.stream import Ask
 
 Count = Callable[[str], int]  # prompt tokens the server makes of a user message, template included
 
-# Fits the demo's two pools (1,024 and 8,192 tokens) on a few CPU cores.
-DEMO_MIX = (
-    "short=0.70:150-400:32:1000:100,medium=0.25:400-900:32:2000:100,long=0.05:2000-4000:32:8000:200"
-)
-
 SALT = "000000000000"
 MOST_CUTS = 24  # looks at a prompt's count before its nearest length will do
 NAMES = ("Ada", "Boris", "Chen", "Dina", "Emil", "Farah", "Goran", "Hana", "Ivan", "Jana")
@@ -34,18 +29,6 @@ ADJECTIVES = ("old", "quiet", "green", "narrow", "bright", "heavy", "early", "di
 NOUNS = ("river", "garden", "letter", "engine", "market", "bridge", "window", "harbour")
 VERBS = ("waits", "turns", "stands", "rests", "begins", "changes", "leans", "returns")
 PLACES = ("mill", "coast", "station", "school", "forest", "square", "valley", "tower")
-
-
-@dataclass(frozen=True, slots=True)
-class LengthClass:
-    """Requests of like length: their share of the traffic and what counts as good service."""
-
-    name: str
-    share: float
-    prompt_tokens: tuple[int, int]  # lowest and highest, both included
-    output_tokens: int
-    ttft_target_ms: float
-    itl_target_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +50,6 @@ class Prompt:
 
 class PromptTooShort(ValueError):
     """The asked length does not hold the salt, the needle and the question."""
-
-
-def parse_mix(text: str) -> list[LengthClass]:
-    """Read ``name=share:low-high:output:ttft_ms:itl_ms`` entries, separated by commas."""
-    return [_parse_class(entry.strip()) for entry in text.split(",")]
-
-
-def _parse_class(entry: str) -> LengthClass:
-    try:
-        name, _, fields = entry.partition("=")
-        share, prompt, output, ttft, itl = fields.split(":")
-        low, _, high = prompt.partition("-")
-        lengths = int(low), int(high or low)
-        parsed = LengthClass(name, float(share), lengths, int(output), float(ttft), float(itl))
-    except ValueError:
-        message = f"length class {entry!r} is not name=share:low-high:output:ttft_ms:itl_ms"
-        raise ValueError(message) from None
-    if parsed.share <= 0 or not 0 < lengths[0] <= lengths[1] or parsed.output_tokens < 1:
-        raise ValueError(f"length class {entry!r} needs a share, lengths and an output above 0")
-    return parsed
-
-
-def spread(low: int, high: int, count: int) -> list[int]:
-    """``count`` lengths from ``low`` to ``high``, evenly spaced in their logarithm."""
-    if count == 1 or low == high:
-        return [high] * count
-    step = math.log(high / low) / (count - 1)
-    return [round(low * math.exp(step * i)) for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +76,10 @@ class PromptMaker:
         path = "/v1/chat/completions" if self.chat else "/v1/completions"
         length = self.count(text)
         return Prompt(name, path, head.encode(), tail.encode(), length, output_tokens, digits)
+
+    def shortest(self) -> int:
+        """The fewest tokens that hold salt, needle and question, whatever the name."""
+        return max(self.count(assemble("", "", who, "0000")) for who in NAMES)
 
     def _fit(self, tokens: int, depth: float, rng: random.Random, who: str, digits: str) -> str:
         """Cut the filler where the whole counts ``tokens``: at once for one token a byte, else by
@@ -154,12 +113,9 @@ class PromptMaker:
         return best
 
     def _body(self, text: str, output_tokens: int) -> dict[str, object]:
-        prompt = (
-            {"messages": [{"role": "user", "content": text}]} if self.chat else {"prompt": text}
-        )
         return {
             "model": self.model,
-            **prompt,
+            **prompt_field(text, chat=self.chat),
             "max_tokens": output_tokens,
             "temperature": 0,
             "stream": True,
@@ -189,35 +145,6 @@ def _sentences(rng: random.Random) -> Iterator[str]:
     while True:
         words = (rng.choice(ADJECTIVES), rng.choice(NOUNS), rng.choice(VERBS), rng.choice(PLACES))
         yield "The {} {} {} by the {}. ".format(*words)
-
-
-class Deck:
-    """Draws prompts of a mix at random, by share, with a fresh salt each time."""
-
-    def __init__(
-        self,
-        mix: Sequence[LengthClass],
-        maker: PromptMaker,
-        *,
-        variants: int = 8,
-        reuse: bool = False,
-    ) -> None:
-        """Prepare ``variants`` prompts a class. ``reuse`` keeps the salt: the cache may answer."""
-        self._shares = [each.share for each in mix]
-        self._prompts = [
-            [
-                maker.make(each.name, tokens, each.output_tokens, depth=(i + 0.5) / variants)
-                for i, tokens in enumerate(spread(*each.prompt_tokens, variants))
-            ]
-            for each in mix
-        ]
-        self._reuse = reuse
-
-    def draw(self, rng: random.Random, salts: random.Random | None = None) -> Ask:
-        """One prompt, chosen by ``rng``, salted by ``salts`` (by default the same)."""
-        (prompts,) = rng.choices(self._prompts, self._shares)
-        prompt = rng.choice(prompts)
-        return prompt.ask(0 if self._reuse else (salts or rng).randrange(10 ** len(SALT)))
 
 
 def count_bytes(text: str) -> int:

@@ -1,21 +1,13 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from load_tests.prompts import (
-    Deck,
-    PromptMaker,
-    PromptTooShort,
-    count_bytes,
-    parse_mix,
-    spread,
-)
+from load_tests.prompts import PromptMaker, PromptTooShort, count_bytes
 
 
 def words_and_marks(text: str) -> int:
@@ -83,42 +75,8 @@ def test_body_asks_for_usage_and_exact_output() -> None:
     assert "ignore_eos" not in json.loads(plain.ask(0).body)
 
 
-def test_deck_draws_by_share_within_the_lengths() -> None:
-    mix = parse_mix("short=0.9:150-300:8:100:10, long=0.1:1000:16:500:20")
-    deck, rng = Deck(mix, PromptMaker("m", count_bytes)), random.Random(0)
-    asks = [deck.draw(rng) for _ in range(2000)]
-    short = [ask for ask in asks if ask.length_class == "short"]
-    assert 0.87 < len(short) / len(asks) < 0.93
-    assert {ask.prompt_tokens for ask in short} == set(spread(150, 300, 8))
-    assert {ask.prompt_tokens for ask in asks if ask.length_class == "long"} == {1000}
-    assert len({ask.body for ask in asks}) == len(asks)  # no prefix cache can answer
-
-
-def test_reused_prompts_repeat() -> None:
-    mix = parse_mix("short=1:150-300:8:100:10")
-    deck, rng = Deck(mix, PromptMaker("m", count_bytes), reuse=True), random.Random(0)
-    assert len({deck.draw(rng).body for _ in range(200)}) == 8
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "short",
-        "short=1:2",
-        "short=x:1-2:3:4:5",
-        "short=0:1-2:3:4:5",
-        "a=1:9-2:3:4:5",
-        "a=1:1:0:1:1",
-    ],
-)
-def test_a_mix_with_a_mistake_names_the_entry(text: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(text)):
-        parse_mix(text)
-
-
-@given(st.integers(1, 10_000), st.integers(0, 100_000), st.integers(1, 20))
-def test_spread_stays_in_its_bounds_and_rises(low: int, more: int, count: int) -> None:
-    lengths = spread(low, low + more, count)
-    assert len(lengths) == count
-    assert lengths == sorted(lengths)
-    assert low <= lengths[0] <= lengths[-1] == low + more
+def test_the_shortest_prompt_can_be_made_and_one_shorter_cannot() -> None:
+    maker = PromptMaker("m", words_and_marks)
+    assert maker.make("c", maker.shortest(), 8).tokens == maker.shortest()
+    with pytest.raises(PromptTooShort):
+        maker.make("c", maker.shortest() - 20, 8)

@@ -195,3 +195,44 @@ def test_spike_raises_the_rate_in_its_middle(tmp_path: Path) -> None:
     sent = [record["scheduled"] for record in run.records]
     before, during = sum(at < 4 for at in sent) / 4, sum(4.5 <= at < 6 for at in sent) / 1.5
     assert during > 2 * before
+
+
+def test_a_trace_is_replayed_at_its_own_times_and_ends_the_run(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("time,prompt_tokens,output_tokens\n0.4,200,8\n1,1500,16\n3,300,8\n")
+    options = ("--trace", str(trace), "--speed", "2", "-u", "2", "--classes", "s=999:9:9,l=:9:9")
+    with null_server() as host:
+        run = locust("benchmark.py", host, tmp_path / "run", *options)
+    assert run.code == 0, run.out
+    by_time = sorted(run.records, key=lambda record: record["scheduled"])
+    assert [(r["prompt_tokens"], r["output_tokens"], r["length_class"]) for r in by_time] == [
+        (200, 8, "s"),
+        (1500, 16, "l"),
+        (300, 8, "s"),
+    ]
+    first, second, third = (record["scheduled"] for record in by_time)
+    assert second - first == pytest.approx(0.3, abs=0.001)
+    assert third - first == pytest.approx(1.3, abs=0.001)
+
+
+def test_published_lengths_are_a_mix_of_their_own(tmp_path: Path) -> None:
+    options = ("--lengths", "azure-code", "--longest", "2000", "-t", "2s", "--rate", "20")
+    with null_server() as host:
+        run = locust("benchmark.py", host, tmp_path / "run", *options)
+    assert run.code == 0, run.out
+    assert {record["length_class"] for record in run.records} == {"short", "long"}
+    assert all(r["prompt_tokens"] + r["output_tokens"] <= 2000 for r in run.records)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [(("--trace", "none.csv"), "none.csv"), (("--lengths", "azure-code", "--classes", "x"), "'x'")],
+)
+def test_a_mistake_in_the_traffic_is_one_line(
+    tmp_path: Path, options: tuple[str, ...], error: str
+) -> None:
+    with null_server() as host:
+        run = locust("benchmark.py", host, tmp_path / "run", *options)
+    assert run.code == 1
+    assert error in run.out
+    assert "Traceback" not in run.out

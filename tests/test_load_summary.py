@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from load_tests.prompts import parse_mix
 from load_tests.stream import Record
 from load_tests.summary import figure, finite, is_good, percentile, rows, table, verdict
+from load_tests.traffic import parse_mix
 
 TARGETS = {each.name: each for each in parse_mix("short=1:100:8:100:10,long=1:900:8:500:20")}
 
