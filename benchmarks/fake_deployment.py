@@ -17,10 +17,10 @@ class FakeEngineDeployment:
 
     async def __init__(self, config: AppConfig, pool: str) -> None:  # type: ignore[misc]
         from load_tests.null_server import Manners, NullServer
-        from serve_app.engine import Port
+        from serve_app.port import Address, Port
 
         manners = Manners(**config.pools[pool].engine_args)
-        self._port = Port(NullServer(manners), "127.0.0.1")  # type: ignore[arg-type]
+        self._port = Port(NullServer(manners), Address("127.0.0.1"))  # type: ignore[arg-type]
         self._info = EngineInfo(
             replica=serve.get_replica_context().replica_id.unique_id,
             pool=pool,

@@ -144,7 +144,7 @@ def _cells(hop: Hop) -> Iterator[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the time that the gateway adds.")
     parser.add_argument("--system", type=System.parse, help="KIND:CONFIG; default: demo, then fake")
-    parser.add_argument("--ha-proxy", action="store_true", help="Serve's HAProxy, not its own")
+    parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
     parser.add_argument("--streams", type=numbers, default=[1, 8, 32], help="comma-separated")
     parser.add_argument("--bodies", type=numbers, default=[1 << 10, 1 << 15, 1 << 20])
     parser.add_argument("--prompt", type=int, default=300, help="bytes of text")
@@ -176,15 +176,14 @@ def main() -> None:
     ]
     tables = []
     for system in [chosen.system] if chosen.system else [DEMO, FAKE]:
-        shown = "HAProxy" if chosen.ha_proxy else "Serve's proxy"
-        tables.append(f"\n{system}, {shown}, {chosen.output_tokens} tokens out\n")
-        tables.append(run(replace(system, ha_proxy=chosen.ha_proxy), sizes, chosen.rounds))
+        tables.append(f"\n{system}, door: {chosen.door}, {chosen.output_tokens} tokens out\n")
+        tables.append(run(replace(system, door=chosen.door), sizes, chosen.rounds))
     if not chosen.system:
         # 50,000 tokens of English are about 200 KB of text, all of which the gateway looks at.
         prompts = [Size(streams, 205_000, 200_000, 16, 8) for streams in (1, 4)]
         streaming = [Size(8, 1024, 300, 1000, 2)]
         tables.append("\nfake engine: 50,000-token prompts; then 1,000 tokens out\n")
-        fake = replace(FAKE, ha_proxy=chosen.ha_proxy)
+        fake = replace(FAKE, door=chosen.door)
         tables.append(run(fake, [*prompts, *streaming], chosen.rounds))
     print("\n".join(tables))
 

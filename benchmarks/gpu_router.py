@@ -59,7 +59,7 @@ def floods(text: str) -> list[Flood]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure gateway and router on two GPUs.")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this out")
-    parser.add_argument("--ha-proxy", action="store_true", help="Serve's HAProxy, for all systems")
+    parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
     parser.add_argument(
         "--floods",
         type=floods,
@@ -86,7 +86,7 @@ def systems(chosen: argparse.Namespace) -> dict[str, System]:
             SYSTEMS[name][0],
             str(HERE / f"configs/{SYSTEMS[name][1]}-{device}.yaml"),
             model=str(model.resolve()),
-            ha_proxy=chosen.ha_proxy,
+            door=chosen.door,
         )
         for name in named
     }

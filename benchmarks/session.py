@@ -29,17 +29,20 @@ STOP_TIMEOUT_S = 90
 _READY = "session ready: "
 
 Kind = Literal["ours", "default", "fake"]
+Door = Literal["own", "proxy", "ha-proxy"]
 
 
 @dataclass(frozen=True, slots=True)
 class System:
     """What to serve: ``ours``, the same engines behind Serve's ``default`` router, or our gateway
-    before a ``fake`` engine that answers at once. ``model`` replaces the configuration's."""
+    before a ``fake`` engine that answers at once. ``model`` replaces the configuration's. Clients
+    come in by a port of the gateway's ``own``, Serve's Python ``proxy`` or ``ha-proxy``; Serve's
+    default router knows only the last two, and takes the proxy for ``own``."""
 
     kind: Kind
     config: str
     model: str | None = None
-    ha_proxy: bool = False
+    door: Door = "own"
 
     @classmethod
     def parse(cls, text: str) -> System:
@@ -83,6 +86,7 @@ class Session:
             "model": system.model,
             "name": self.name,
             "port": free_port(),
+            "listen": free_port() if system.door == "own" and system.kind != "default" else None,
             "directory": str(self._directory),
         }
         environment = os.environ | {
@@ -90,7 +94,7 @@ class Session:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "120",  # several sessions may start at once
             "HF_HUB_OFFLINE": "1",
-            **(_ha_proxy(self._directory) if system.ha_proxy else {}),
+            **(_ha_proxy(self._directory) if system.door == "ha-proxy" else {}),
         }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.session", json.dumps(order)],
@@ -201,7 +205,8 @@ def main() -> None:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": order["port"]})
         serve.run(_application(order), name=order["name"], route_prefix="/")
-        told = {"url": f"http://127.0.0.1:{order['port']}", "engines": _engines(order)}
+        url = f"http://127.0.0.1:{order['listen'] or order['port']}"
+        told = {"url": url, "engines": _engines(order)}
         print(_READY + json.dumps(told), flush=True)
         sys.stdin.read()
         serve.shutdown()
@@ -213,15 +218,17 @@ def _application(order: dict[str, Any]) -> Any:
     from benchmarks import baseline, fake_deployment
     from serve_app import deployments
     from serve_app.config import load_config
+    from serve_app.port import Address
 
     config = load_config(order["config"])
+    listen = Address("127.0.0.1", order["listen"]) if order["listen"] else None
     if order["model"]:
         config = config.model_copy(update={"model": order["model"]})
     match order["kind"]:
         case "ours":
-            return deployments.application(config)
+            return deployments.application(config, listen)
         case "fake":
-            return deployments.application(config, engine=fake_deployment.FakeEngineDeployment)
+            return deployments.application(config, listen, fake_deployment.FakeEngineDeployment)
         case _:
             return baseline.application(config)
 

@@ -1,8 +1,7 @@
 """The gateway's HTTP: a FastAPI application made from a router, knowing nothing of Ray.
 
 Each completion is served by one :class:`Relay`, which routes the call, passes bytes on as they
-come, and closes everything when the client leaves, at whatever moment that is. The header
-``x-request-id`` is read here; Serve's proxy writes it on every response.
+come, and closes everything when the client leaves, at whatever moment that is.
 """
 
 from __future__ import annotations
@@ -13,17 +12,19 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from opentelemetry.trace import Span
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import openapi
 from serve_app.config import AppConfig
@@ -91,7 +92,7 @@ def create_app(
         if keys and key:
             keys.charge(key, estimate.total_tokens, arrived)
         call = Call(
-            id=_request_id(request),
+            id=_request_id(request.headers),
             path=request.url.path,
             body=raw,
             fit_tokens=estimate.fit_tokens,
@@ -106,7 +107,9 @@ def create_app(
         span = tracer.start(call.id, call.path, request.headers) if tracer else None
         if span:
             call = replace(call, trace=trace_headers(span))
-        return Relay(call, key.name if key else "-", estimate, router, lengths, metrics, span)
+        refund = partial(keys.refund, key) if keys and key else None
+        name = key.name if key else "-"
+        return Relay(call, name, estimate, router, lengths, metrics, span, refund)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -163,6 +166,26 @@ def create_app(
     return app
 
 
+def identified(app: ASGIApp) -> ASGIApp:
+    """``app`` with ``x-request-id`` on every answer, as Serve's proxy has it."""
+
+    async def identify(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        header = (b"x-request-id", _request_id(Headers(scope=scope)).encode())
+        scope["headers"] = [*(h for h in scope["headers"] if h[0] != header[0]), header]
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        await app(scope, receive, answer)
+
+    return identify
+
+
 def _engines(router: Router) -> Iterator[tuple[EngineInfo, int]]:
     """Every listed engine with the tokens that this gateway has under way on it."""
     for pool in router.pools:
@@ -184,9 +207,11 @@ class Relay(Response):
         lengths: LengthEstimator,
         metrics: GatewayMetrics,
         span: Span | None = None,
+        refund: Callable[[int], None] | None = None,
     ) -> None:
         self._call = call
         self._span = span
+        self._refund = refund or (lambda _tokens: None)
         self._key_name = key_name
         self._estimate = estimate
         self._router = router
@@ -198,8 +223,8 @@ class Relay(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A client that leaves shows in one of two ways, whichever comes first: Serve cancels this
-        # call, or the disconnect is received here.
+        # A client that leaves shows in one of two ways, whichever comes first: Serve, where its
+        # proxy is in use, cancels this call, or the disconnect is received here.
         try:
             await _until_disconnect(receive, self._serve(scope, receive, send))
         finally:
@@ -210,6 +235,7 @@ class Relay(Response):
             answer = await self._router.route(self._call)
         except RequestError as error:
             self._status = error.status
+            self._refund(self._estimate.total_tokens)
             self._metrics.sheds.labels(error.code).inc()
             await _error_response(error)(scope, receive, send)
             return
@@ -229,6 +255,7 @@ class Relay(Response):
         if exact := answer.reply.prompt_tokens:
             self._metrics.estimated_tokens.inc(self._estimate.prompt_tokens)
             self._metrics.exact_tokens.inc(exact)
+            self._refund(self._estimate.prompt_tokens - exact)
             self._lengths.observe(self._estimate, exact)
 
     async def _pass_on(self, answer: Answer, send: Send) -> None:
@@ -357,8 +384,8 @@ def _deadline(request: Request, arrived: float) -> float | None:
     return arrived + int(given) / 1000
 
 
-def _request_id(request: Request) -> str:
-    given = request.headers.get("x-request-id", "")
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 

@@ -260,17 +260,6 @@ class Balancer:
             replica.probe_at = now + replica.probe_wait
         return tuple(replica.name for replica in due)
 
-    def next_probe(self) -> float | None:
-        """When ``probes_due`` will next have something, or None."""
-        return min(
-            (
-                replica.probe_at
-                for replica in self._replicas.values()
-                if replica.state in (State.SILENT, State.DEAD)
-            ),
-            default=None,
-        )
-
     def readmit(self, name: str) -> None:
         """A probe was answered: choose this replica again."""
         replica = self._replicas.get(name)

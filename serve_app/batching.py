@@ -170,10 +170,6 @@ class Batcher:
         """Cost of all that waits."""
         return self._queued_tokens
 
-    def depths(self) -> dict[tuple[int, Priority], int]:
-        """Waiting requests by length class and priority, for metrics."""
-        return {key: len(lane.queue) for key, lane in self._lanes.items()}
-
     def add(self, waiting: Waiting) -> None:
         """Queue a request. Raises ``Overloaded`` if its lane is full."""
         lane = self._lane(waiting)

@@ -87,11 +87,14 @@ def serve(
 ) -> None:
     """Check the configuration, then `serve run` it, and say when it is ready."""
     from serve_app import preflight
+    from serve_app.keys import INSECURE_VARIABLE, check_exposure
 
     plan = preflight.read_deployment(deployment)
     preflight.check(plan)
-    if not insecure:
-        preflight.check_exposure(plan)
+    if insecure:
+        os.environ[INSECURE_VARIABLE] = "1"
+    elif not plan.insecure:
+        check_exposure(plan.address.host, plan.config)
     if os.environ.get("RAY_ADDRESS", "local") == "local":  # else the cluster may be elsewhere
         preflight.check_machine(plan)
     raise typer.Exit(_serve_run(deployment, plan.url))

@@ -8,6 +8,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +21,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
-from serve_app.api import create_app
+from serve_app.api import create_app, identified
 from serve_app.autoscaling import DemandLedger
 from serve_app.batching import BatchingLimits
 from serve_app.config import AppConfig, Autoscaling, PoolConfig, load_config
-from serve_app.keys import read_keys
+from serve_app.keys import INSECURE_VARIABLE, check_exposure, read_keys
 from serve_app.metrics import GatewayMetrics
 from serve_app.placement import check_room, place
+from serve_app.port import Address, Port
 from serve_app.request import Demand, EngineInfo
 from serve_app.router import Discover, Pool, Router, Share, Wake, keep_fresh
 from serve_app.tracing import Tracer
@@ -89,10 +91,13 @@ class EngineDeployment:
 
 @serve.ingress()
 class GatewayDeployment:
-    """A Serve replica that answers HTTP and routes to engines."""
+    """A Serve replica that answers HTTP and routes to engines.
+
+    Clients reach it through Serve's proxy or, at less cost, through a port of its own.
+    """
 
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, **engines: DeploymentHandle
+        self, config: AppConfig, listen: Address | None, **engines: DeploymentHandle
     ) -> None:
         gateway = config.gateway
         self._config = config
@@ -114,18 +119,25 @@ class GatewayDeployment:
             )
             for pool in pools
         ]
+        self._tracer = Tracer.configured(gateway.otlp_endpoint)
+        keys = read_keys(config)
+        self._app = create_app(config, self._router, GatewayMetrics(), keys, self._tracer)
+        if listen is not None:  # all gateways of a node listen on the same port
+            self._port = Port(identified(self._app), listen, shared=True)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        self._tracer = Tracer.configured(self._config.gateway.otlp_endpoint)
-        keys = read_keys(self._config)
-        return create_app(self._config, self._router, GatewayMetrics(), keys, self._tracer)
+        return self._app
 
     async def check_health(self) -> None:
+        if hasattr(self, "_port") and self._port.closed:
+            raise RuntimeError("the gateway's HTTP port has closed")
         for task in self._tasks:
             if task.done():
                 task.result()
 
     async def __del__(self) -> None:
+        if hasattr(self, "_port"):
+            await self._port.drain(_drain_s(self._config))
         for task in getattr(self, "_tasks", ()):
             task.cancel()
         if hasattr(self, "_upstream"):
@@ -190,25 +202,37 @@ def _waking(handle: DeploymentHandle) -> Wake:
 
 
 class BuildArgs(BaseModel):
-    """What ``deploy.yaml`` passes: the path of a file in ``configs/``."""
+    """What ``deploy.yaml`` passes: the path of a file in ``configs/``, and where gateways listen.
+
+    Without ``listen`` they are reached through Serve's proxy alone. ``insecure`` lets them listen
+    where others reach them without API keys.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     config: str
+    listen: str | None = None
+    insecure: bool = False
 
 
 def build(args: BuildArgs) -> serve.Application:
     """The application described by the configuration file that ``args`` names.
 
-    Raises ``ConfigError`` when the cluster has no room for it, which Ray would wait for in silence.
+    Raises ``ConfigError`` when the cluster has no room for it, which Ray would wait for in silence,
+    and when strangers could reach it without a key.
     """
     config = load_config(args.config)
+    listen = Address.parse(args.listen) if args.listen else None
+    if listen and not (args.insecure or os.environ.get(INSECURE_VARIABLE)):
+        check_exposure(listen.host, config)
     check_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    return application(config)
+    return application(config, listen)
 
 
-def application(config: AppConfig, engine: type = EngineDeployment) -> serve.Application:
-    """One deployment of ``engine`` for each pool, bound to a gateway."""
+def application(
+    config: AppConfig, listen: Address | None = None, engine: type = EngineDeployment
+) -> serve.Application:
+    """One deployment of ``engine`` for each pool, bound to gateways that ``listen`` themselves."""
     engines = {
         name: serve.deployment(engine)
         .options(name=f"engine-{name}", **_engine_options(config, pool))
@@ -219,9 +243,15 @@ def application(config: AppConfig, engine: type = EngineDeployment) -> serve.App
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=100_000,  # the gateway sheds by tokens, not by Serve's count
+        graceful_shutdown_timeout_s=_drain_s(config) + 15,
         ray_actor_options=_gateway_actor(config),
     )
-    return gateway.bind(config, **engines)
+    return gateway.bind(config, listen, **engines)
+
+
+def _drain_s(config: AppConfig) -> float:
+    """How long a gateway lets answers under way go on: as long as the most patient engine."""
+    return max(pool.drain_s for pool in config.pools.values())
 
 
 def _gateway_actor(config: AppConfig) -> dict[str, Any]:

@@ -12,13 +12,11 @@ import contextlib
 import dataclasses
 import hmac
 import secrets
-import socket
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-import uvicorn
 from vllm import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -35,6 +33,7 @@ from serve_app.config import refuse_unknown_arguments
 from serve_app.errors import LocalAttentionError
 from serve_app.local_attention.plan import plan_in_force
 from serve_app.pattern import FULL, LayerRule
+from serve_app.port import Address, AsgiApp, Port, Receive, Scope, Send
 from serve_app.request import EngineInfo, EngineLoad
 
 ROUTES = frozenset(
@@ -44,11 +43,6 @@ TOKEN_HEADER = wire.TOKEN_HEADER.encode()
 BUDGET_HEADER = wire.BUDGET_HEADER.encode()
 PROMPT_TOKENS_HEADER = wire.PROMPT_TOKENS_HEADER.encode()
 REFUSED_HEADER = wire.REFUSED_HEADER.encode()
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def check_engine_args(args: Mapping[str, Any]) -> None:
@@ -196,31 +190,6 @@ async def _refuse(send: Send, status: int, text: bytes) -> None:
     await send({"type": "http.response.body", "body": text})
 
 
-class Port:
-    """A listening HTTP port, served by uvicorn on the running event loop."""
-
-    def __init__(self, app: AsgiApp, host: str) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, 0), family=family)
-        # Accepted sockets inherit it. Without it, plain asyncio delays each token by 40 ms.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
-        self._server = uvicorn.Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-        name = f"[{host}]" if ":" in host else host
-        self.url = f"http://{name}:{self._socket.getsockname()[1]}"
-
-    @property
-    def closed(self) -> bool:
-        return self._serving.done()
-
-    async def close(self) -> None:
-        """Close at once; connections still open are cut."""
-        self._server.should_exit = True
-        self._server.force_exit = True
-        await self._serving
-
-
 class Engine:
     """A vLLM engine behind its own HTTP port. Made by :meth:`start`."""
 
@@ -261,7 +230,7 @@ class Engine:
         await init_app_state(llm, app.state, namespace, tasks)
         token = secrets.token_urlsafe(24)
         door = Door(app, token)
-        port = Port(door, host)
+        port = Port(door, Address(host))
         rules = plan.rules if plan else (FULL,)
         info = EngineInfo(
             replica=replica,

@@ -14,11 +14,12 @@ Usage, in the edge, one ring for each gateway::
     ring = KeyRing.parse(text, gateways=config.gateway.replicas)     # of a file or a variable
     key = ring.check(request.headers.get("authorization"))           # Unauthorized
     ring.charge(key, estimate.total_tokens, now)                     # Overloaded, with retry_after
-    ring.refund(key, unused_tokens)                                  # when the answer is complete
+    ring.refund(key, unused_tokens)                                  # of what it did not take
 """
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import re
@@ -32,6 +33,7 @@ from serve_app.config import AppConfig
 from serve_app.errors import ConfigError, Overloaded, Unauthorized
 
 KEYS_VARIABLE = "LOCAL_ATTENTION_API_KEYS"  # the same lines, where no file is named
+INSECURE_VARIABLE = "LOCAL_ATTENTION_INSECURE"  # set by `local-attention serve --insecure`
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -145,7 +147,7 @@ class KeyRing:
             )
 
     def refund(self, key: ApiKey, tokens: int) -> None:
-        """Return what a request was charged for and did not use."""
+        """Return what a request was charged for and did not take; nothing where it took more."""
         if (bucket := self._buckets.get(key.name)) is not None:
             bucket.give_back(max(0, tokens))
 
@@ -163,6 +165,25 @@ def read_keys(config: AppConfig) -> KeyRing | None:
         return KeyRing.parse(Path(file).read_text(encoding="utf-8"), gateways)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The file of API keys {file} cannot be read: {error}.") from error
+
+
+def check_exposure(host: str, config: AppConfig) -> None:
+    """Raise ``ConfigError`` where others can reach ``host`` while anybody may ask."""
+    if _is_loopback(host) or read_keys(config) is not None:
+        return
+    raise ConfigError(
+        f"The server is to listen on {host}, which others may reach, and no API keys are set. Set "
+        f"gateway.api_keys_file or {KEYS_VARIABLE}, or the host 127.0.0.1, or say that it is meant "
+        "(--insecure, or insecure: true in args of the deployment file) where something else "
+        "guards the port."
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _parse_fields(fields: list[str], number: int) -> ApiKey:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import ipaddress
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import yaml
 
 from serve_app.config import AppConfig, load_config, refuse_unknown_arguments
 from serve_app.errors import ConfigError
-from serve_app.keys import KEYS_VARIABLE, read_keys
 from serve_app.placement import check_room
+from serve_app.port import Address
 
 GIB = 2**30
 # Resident memory of an engine's three processes (replica, engine core, worker) beside weights and
@@ -32,16 +31,17 @@ ENGINE_OVERHEAD_BYTES = 2 * GIB
 class Deployment:
     """What ``deploy.yaml`` says that has to be known before Serve reads it."""
 
-    host: str
-    port: int
+    address: Address  # where clients reach it: a gateway's own port, or Serve's proxy
     config_path: Path
     config: AppConfig
+    insecure: bool  # whether strangers may reach it without a key
 
     @property
     def url(self) -> str:
         """Where a client on this machine reaches the server."""
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
-        return f"http://{host}:{self.port}"
+        every = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        host = self.address.host
+        return Address(every.get(host, host), self.address.port).url
 
 
 def read_deployment(path: Path) -> Deployment:
@@ -59,15 +59,23 @@ def read_deployment(path: Path) -> Deployment:
     try:
         (application,) = raw["applications"]
         config_path = Path(application["args"]["config"])
+        listen = application["args"].get("listen")
         http = raw.get("http_options") or {}
         # Serve's own default is every address.
-        host, port = str(http.get("host", "0.0.0.0")), int(http.get("port", 8000))
+        proxy = Address(str(http.get("host", "0.0.0.0")), int(http.get("port", 8000)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} must hold one application whose args name a config, such as "
             "configs/demo-cpu.yaml."
         ) from error
-    return Deployment(host, port, config_path, load_config(config_path))
+    if (listen is not None) != (raw.get("proxy_location") == "Disabled"):
+        raise ConfigError(
+            f"{path}: clients come in by one way; either set args.listen and proxy_location: "
+            "Disabled, or neither."
+        )
+    address = proxy if listen is None else Address.parse(str(listen))
+    insecure = application["args"].get("insecure") is True
+    return Deployment(address, config_path, load_config(config_path), insecure)
 
 
 def check(deployment: Deployment) -> None:
@@ -75,18 +83,7 @@ def check(deployment: Deployment) -> None:
     known = engine_argument_names()
     for pool in deployment.config.pools:
         refuse_unknown_arguments(deployment.config.engine_args_of(pool), known)
-    check_port(deployment.host, deployment.port)
-
-
-def check_exposure(deployment: Deployment) -> None:
-    """Refuse to listen where others can reach the port while anybody may ask."""
-    if _is_loopback(deployment.host) or read_keys(deployment.config) is not None:
-        return
-    raise ConfigError(
-        f"http_options.host is {deployment.host}, which others may reach, and no API keys are set. "
-        f"Set gateway.api_keys_file or {KEYS_VARIABLE}, or the host 127.0.0.1, or give --insecure "
-        "where something else guards the port."
-    )
+    check_port(deployment.address)
 
 
 def check_machine(deployment: Deployment) -> None:
@@ -95,13 +92,6 @@ def check_machine(deployment: Deployment) -> None:
     check_room(deployment.config, [this_node()])
     if deployment.config.device == "cpu":
         check_memory(deployment, available_memory())
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def engine_argument_names() -> set[str]:
@@ -128,16 +118,16 @@ def engine_argument_names() -> set[str]:
     return names
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(address: Address) -> None:
     """Refuse a port that another program listens on."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+    with socket.socket(address.family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((address.host, address.port))
         except OSError as error:
             raise ConfigError(
-                f"Port {port} of {host} cannot be used ({error.strerror}); stop what listens "
-                "there or set another http_options.port in the deployment file."
+                f"Port {address.port} of {address.host} cannot be used ({error.strerror}); stop "
+                "what listens there or set another port in the deployment file."
             ) from error
 
 

@@ -72,9 +72,9 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         settings = yaml.safe_load(deploy.read_text())
-        settings["http_options"]["port"] = port
         for application in settings["applications"]:
             application["args"]["config"] = str(ROOT / application["args"]["config"])
+            application["args"]["listen"] = f"127.0.0.1:{port}"
         self._settings = settings
         config = self._write(scale or {})
         self._log = self._directory / "log"

@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from serve_app.api import create_app
+from serve_app.api import create_app, identified
 from serve_app.config import AppConfig, GatewayConfig
 from serve_app.errors import EngineError
 from serve_app.keys import KeyRing, hash_key
@@ -315,6 +315,29 @@ async def test_a_key_that_used_up_its_rate_is_told_when_to_return() -> None:
     refused = await gateway.http.post("/v1/completions", json=ASK, headers=headers)
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_a_refused_request_costs_its_key_nothing() -> None:
+    keys = KeyRing.parse(f"alice {hash_key('k')} 1", gateways=1)
+    gateway = Gateway(None, keys)  # no engine: 503
+    headers = {"authorization": "Bearer k"}
+    for _ in range(5):  # each asks for all that an idle minute saves
+        ask = ASK | {"max_tokens": 60}
+        answer = await gateway.http.post("/v1/completions", json=ask, headers=headers)
+        assert answer.status_code == 503, answer.text
+
+
+async def test_every_answer_names_its_request_where_the_gateway_listens_itself() -> None:
+    gateway = Gateway(FakeReply(b"data: [DONE]\n\n"))
+    http = httpx.AsyncClient(
+        transport=httpx.ASGITransport(identified(gateway.app)), base_url="http://gateway"
+    )
+    named = await http.post("/v1/completions", json=ASK, headers={"x-request-id": "abc"})
+    assert named.headers.get_list("x-request-id") == ["abc"]
+    assert gateway.calls[-1].id == "abc"
+    odd = await http.post("/v1/completions", json=ASK, headers={"x-request-id": "a b"})
+    assert odd.headers["x-request-id"] == gateway.calls[-1].id != "a b"
+    assert (await http.get("/nowhere")).headers["x-request-id"]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.config import AppConfig
 from serve_app.errors import ConfigError, Overloaded, Unauthorized
-from serve_app.keys import KeyRing, TokenBucket, hash_key
+from serve_app.keys import KEYS_VARIABLE, KeyRing, TokenBucket, check_exposure, hash_key
 
 TEXT = f"""
 # who    what
@@ -126,3 +128,33 @@ def test_no_more_than_rate_and_reserve_is_ever_taken(
         else:
             assert 0 < wait < math.inf
     assert taken <= 500 + rate * now + 1e-3
+
+
+def config(**gateway: object) -> AppConfig:
+    return AppConfig.model_validate(
+        {
+            "model": "m",
+            "served_model_name": "m",
+            "device": "cpu",
+            "gateway": gateway,
+            "pools": {"only": {"max_model_len": 64}},
+        }
+    )
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_this_machine_alone_needs_no_keys(host: str) -> None:
+    check_exposure(host, config())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gateway.example"])
+def test_others_need_keys(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=f"{host}.*no API keys"):
+        check_exposure(host, config())
+    monkeypatch.setenv(KEYS_VARIABLE, f"alice {hash_key('k')}")
+    check_exposure(host, config())
+
+
+def test_a_keys_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none cannot be read"):
+        check_exposure("0.0.0.0", config(api_keys_file=str(tmp_path / "none")))

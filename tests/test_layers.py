@@ -12,7 +12,18 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import from the modules of the layers below it, and from those named beside it.
 LAYERS: list[set[str]] = [
-    {"errors", "pattern", "config", "request", "metrics", "guard", "keys", "openapi", "tracing"},
+    {
+        "errors",
+        "pattern",
+        "config",
+        "request",
+        "metrics",
+        "guard",
+        "keys",
+        "openapi",
+        "port",
+        "tracing",
+    },
     {"balance", "batching", "lengths", "capacity", "placement"},
     {"router", "upstream", "autoscaling", "simulator"},
     {"api", "engine"},
@@ -24,6 +35,7 @@ WITHIN_LAYER = {
     "metrics": {"request"},
     "guard": {"errors"},
     "keys": {"config", "errors"},
+    "port": {"errors"},
     "batching": {"balance"},
     "advice": {"model_config"},
     "simulator": {"autoscaling"},

@@ -11,7 +11,7 @@ import pytest
 from serve_app import preflight
 from serve_app.config import AppConfig
 from serve_app.errors import ConfigError
-from serve_app.keys import KEYS_VARIABLE, hash_key
+from serve_app.port import Address
 from serve_app.preflight import GIB, Deployment
 
 
@@ -23,7 +23,8 @@ def deployment(model: Path, **changes: Any) -> Deployment:
         "pools": {"only": {"max_model_len": 64}},
         **changes,
     }
-    return Deployment("127.0.0.1", 8000, Path("c.yaml"), AppConfig.model_validate(config))
+    parsed = AppConfig.model_validate(config)
+    return Deployment(Address("127.0.0.1", 8000), Path("c.yaml"), parsed, insecure=False)
 
 
 def test_argument_names_read_from_the_source_are_vllms_own() -> None:
@@ -91,30 +92,17 @@ def test_a_deployment_that_is_not_yaml_is_refused(tmp_path: Path) -> None:
         preflight.read_deployment(path)
 
 
-def test_the_url_is_one_that_a_client_can_use(tmp_path: Path) -> None:
-    plan = deployment(tmp_path)
-    assert plan.url == "http://127.0.0.1:8000"
-    assert dataclasses.replace(plan, host="0.0.0.0").url == "http://127.0.0.1:8000"
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_this_machine_alone_needs_no_keys(tmp_path: Path, host: str) -> None:
-    preflight.check_exposure(dataclasses.replace(deployment(tmp_path), host=host))
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gateway.example"])
-def test_others_need_keys(tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = dataclasses.replace(deployment(tmp_path), host=host)
-    with pytest.raises(ConfigError, match=f"{host}.*no API keys"):
-        preflight.check_exposure(plan)
-    monkeypatch.setenv(KEYS_VARIABLE, f"alice {hash_key('k')}")
-    preflight.check_exposure(plan)
-
-
-def test_a_keys_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    plan = deployment(tmp_path, gateway={"api_keys_file": str(tmp_path / "none")})
-    with pytest.raises(ConfigError, match="none cannot be read"):
-        preflight.check_exposure(dataclasses.replace(plan, host="0.0.0.0"))
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+    ],
+)
+def test_the_url_is_one_that_a_client_can_use(tmp_path: Path, host: str, url: str) -> None:
+    plan = dataclasses.replace(deployment(tmp_path), address=Address(host, 8000))
+    assert plan.url == url
 
 
 def test_a_deployment_without_a_host_is_reached_by_others(tmp_path: Path) -> None:
@@ -122,4 +110,35 @@ def test_a_deployment_without_a_host_is_reached_by_others(tmp_path: Path) -> Non
         "{model: m, served_model_name: m, device: cpu, pools: {only: {max_model_len: 64}}}"
     )
     (tmp_path / "d.yaml").write_text(f"applications: [{{args: {{config: {tmp_path}/c.yaml}}}}]")
-    assert preflight.read_deployment(tmp_path / "d.yaml").host == "0.0.0.0"  # Serve's default
+    assert (
+        preflight.read_deployment(tmp_path / "d.yaml").address.host == "0.0.0.0"
+    )  # Serve's default
+
+
+def write(directory: Path, listen: str) -> Path:
+    (directory / "c.yaml").write_text(
+        "{model: m, served_model_name: m, device: cpu, pools: {only: {max_model_len: 64}}}"
+    )
+    path = directory / "d.yaml"
+    path.write_text(f"applications: [{{args: {{config: {directory}/c.yaml, {listen}}}}}]\n")
+    return path
+
+
+def test_gateways_that_listen_themselves_are_where_clients_go(tmp_path: Path) -> None:
+    path = write(tmp_path, "listen: '[::1]:9000'")
+    with path.open("a") as file:
+        file.write("proxy_location: Disabled\n")
+    assert preflight.read_deployment(path).url == "http://[::1]:9000"
+
+
+def test_a_second_way_in_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one way"):
+        preflight.read_deployment(write(tmp_path, "listen: '127.0.0.1:9000'"))
+
+
+def test_no_way_in_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "insecure: true")
+    with path.open("a") as file:
+        file.write("proxy_location: Disabled\n")
+    with pytest.raises(ConfigError, match="one way"):
+        preflight.read_deployment(path)
