@@ -20,7 +20,7 @@ export VLLM_NO_USAGE_STATS := 1
 export VLLM_DO_NOT_TRACK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install serve test check load bench-gateway clean
+.PHONY: help install serve test check load load-ui bench-gateway clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -38,6 +38,9 @@ check: install ## Lint, formatting, types
 
 load: install ## Load a running server for a minute and print a table for each length class
 	$(BIN)/locust -f load_tests/benchmark.py --headless -u 1 -t 60s --rate 2 --host http://127.0.0.1:8000
+
+load-ui: install ## Open Locust's page on http://127.0.0.1:8089 for a running server
+	$(BIN)/locust -f load_tests/benchmark.py --web-host 127.0.0.1 --host http://127.0.0.1:8000
 
 bench-gateway: install $(DEMO) ## Measure the time that the gateway adds to an engine's own port
 	$(BIN)/python -m benchmarks.gateway_serve

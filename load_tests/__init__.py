@@ -16,7 +16,9 @@ Imports nothing from ``serve_app``: what is measured is what a client sees.
 ``drive.py``          the same without Locust's runner
 ``compare.py``        ratios of two targets and their confidence (pure)
 ``ab.py``             command: two servers in ABBA order
-``report.py``         command: a run as one HTML page and PNGs
+``report.py``         command: runs as one HTML page and PNGs
+``plots.py``          its figures
+``kv_usage.py``       the server's KV-cache use, sampled while a run goes
 ``null_server.py``    an instant fake server
 ``floor.py``          the client's own floor, measured with it
 ====================  =========================================================

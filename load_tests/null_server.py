@@ -51,6 +51,7 @@ class NullServer:
     def __init__(self, manners: Manners) -> None:
         self.manners = manners
         self._requests = count(1)
+        self._under_way = 0  # each fills one part in a hundred of a KV cache that is not there
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -59,11 +60,19 @@ class NullServer:
         body = await _read(receive)
         path = scope["path"]
         if path in ("/v1/chat/completions", "/v1/completions"):
-            await self._complete(json.loads(body), send, chat="chat" in path)
+            self._under_way += 1
+            try:
+                await self._complete(json.loads(body), send, chat="chat" in path)
+            finally:
+                self._under_way -= 1
         elif path == "/tokenize" and self.manners.tokenize:
             await _answer(send, 200, {"count": self._count(json.loads(body))})
         elif path == "/v1/models":
             await _answer(send, 200, {"object": "list", "data": [{"id": "null"}]})
+        elif path == "/metrics":
+            gauge = f'vllm:kv_cache_usage_perc{{engine="0"}} {min(1.0, self._under_way / 100)}\n'
+            await _start(send, 200, [(b"content-type", b"text/plain")])
+            await send({"type": "http.response.body", "body": gauge.encode()})
         else:
             await _answer(send, 404, {"error": {"message": f"no route {path}"}})
 
@@ -206,6 +215,7 @@ def main() -> None:
         timeout_graceful_shutdown=1,
     )
     listener = config.bind_socket()
+    listener.listen()  # now, so that who reads the port may connect at once
     print(listener.getsockname()[1], flush=True)  # who started us reads the port here
     uvicorn.Server(config).run(sockets=[listener])
 

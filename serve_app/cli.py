@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from serve_app import advice, simulate
+from serve_app import advice, client, simulate
 from serve_app.errors import ServeAppError
 
 if TYPE_CHECKING:
@@ -218,85 +217,9 @@ app.command("plan")(_one_line_errors(advice.plan_command))
 app.command("simulate")(_one_line_errors(simulate.simulate_command))
 
 
-@app.command()
-@_one_line_errors
-def chat(
-    prompt: Annotated[
-        str | None, typer.Option(help="Ask this and leave; without it, hold a conversation.")
-    ] = None,
-    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000",
-    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
-) -> None:
-    """Stream chat answers from a running server."""
-    import httpx
-
-    messages: list[dict[str, str]] = []
-    timeout = httpx.Timeout(10, read=None)
-    with httpx.Client(base_url=url, timeout=timeout, trust_env=False) as client:
-        for question in [prompt] if prompt is not None else _typed():
-            messages.append({"role": "user", "content": question})
-            answer = ""
-            for piece in _answer(client, messages, max_tokens):
-                answer += piece
-                typer.echo(piece, nl=False)
-            typer.echo()
-            messages.append({"role": "assistant", "content": answer})
-
-
-def _typed() -> Iterator[str]:
-    """Lines from the terminal until end of file."""
-    _notes.print("Ctrl-D ends the conversation.")
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            return
-
-
-def _answer(client: httpx.Client, messages: list[dict[str, str]], max_tokens: int) -> Iterator[str]:
-    """The pieces of one streamed answer. Raises ``ServeAppError`` with the server's own words."""
-    import httpx
-
-    try:
-        models = client.get("/v1/models")
-        _raise_for_error(models)
-        body = {
-            "model": models.json()["data"][0]["id"],
-            "messages": messages,
-            "max_tokens": max_tokens,
-            "stream": True,
-        }
-        with client.stream("POST", "/v1/chat/completions", json=body) as reply:
-            if reply.is_error:
-                reply.read()
-            _raise_for_error(reply)
-            for line in reply.iter_lines():
-                yield _piece(line)
-    except httpx.ConnectError as error:
-        raise ServeAppError(
-            f"No server answers at {client.base_url}; start one with local-attention serve."
-        ) from error
-    except httpx.HTTPError as error:
-        raise ServeAppError(f"The server at {client.base_url} broke off: {error}.") from error
-
-
-def _raise_for_error(reply: httpx.Response) -> None:
-    if not reply.is_error:
-        return
-    try:
-        message = reply.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = f"The server answered with status {reply.status_code}."
-    raise ServeAppError(message)
-
-
-def _piece(line: str) -> str:
-    """The text that one line of a server-sent event stream adds."""
-    data = line.removeprefix("data: ")
-    if data == line or data == "[DONE]":
-        return ""
-    event = json.loads(data)
-    if "error" in event:
-        raise ServeAppError(event["error"]["message"])
-    choices = event["choices"]
-    return (choices[0]["delta"].get("content") or "") if choices else ""
+_LOCUST_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("client", context_settings=_LOCUST_OPTIONS)(_one_line_errors(client.client_command))
+app.command("chat", hidden=True, context_settings=_LOCUST_OPTIONS)(
+    _one_line_errors(client.client_command)
+)
+app.command("report")(_one_line_errors(client.report_command))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from load_tests.null_server import null_server
 from serve_app import cli
 from serve_app.demo import model as demo
 from serve_app.keys import hash_key
@@ -119,7 +121,7 @@ def test_help_imports_nothing_heavy() -> None:
         "print([name for name in ('vllm', 'torch', 'ray', 'httpx') if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("demo-model", "serve", "offline", "chat"):
+    for command in ("demo-model", "serve", "offline", "client"):
         assert command in shown.stdout
     assert shown.stdout.splitlines()[-1] == "[]"
 
@@ -205,7 +207,7 @@ def test_serve_stops_waiting_when_the_server_ends() -> None:
     assert list(cli._states("http://127.0.0.1:9", child)) == []
 
 
-def test_chat_streams_the_answer_and_sends_the_models_name() -> None:
+def test_client_streams_the_answer_and_sends_the_models_name() -> None:
     bodies = []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -219,22 +221,25 @@ def test_chat_streams_the_answer_and_sends_the_models_name() -> None:
         for text in ("Hel", "lo, 世界"):
             chunk = {"choices": [{"delta": {"content": text}}]}
             handler.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-        handler.wfile.write(b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+        last = {"choices": [], "usage": {"completion_tokens": 4}}
+        handler.wfile.write(f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n".encode())
 
     with server(answer) as url:
-        code, out, _ = run("chat", "--url", url, "--prompt", "Hi", "--max-tokens", "9")
+        code, out, err = run("client", "--url", url, "--prompt", "Hi", "--max-tokens", "9")
     assert (code, out) == (0, "Hello, 世界\n")
+    assert re.fullmatch(r"TTFT [\d,]+ ms, 4 tokens, [\d,.]+ tokens/s\n", err)
     assert bodies == [
         {
             "model": "tiny",
             "messages": [{"role": "user", "content": "Hi"}],
             "max_tokens": 9,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
     ]
 
 
-def test_chat_keeps_the_conversation() -> None:
+def test_client_keeps_the_conversation() -> None:
     seen = []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -249,12 +254,12 @@ def test_chat_keeps_the_conversation() -> None:
         handler.wfile.write(f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n".encode())
 
     with server(answer) as url:
-        result = CliRunner().invoke(cli.app, ["chat", "--url", url], input="one\ntwo\n")
+        result = CliRunner().invoke(cli.app, ["client", "--url", url], input="one\ntwo\n")
     assert result.exit_code == 0
     assert seen == [["one"], ["one", "answer 1", "two"]]
 
 
-def test_chat_prints_the_servers_own_words() -> None:
+def test_client_prints_the_servers_own_words() -> None:
     error = {"error": {"message": "The prompt has 9000 tokens, but the limit is 8192."}}
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -264,15 +269,54 @@ def test_chat_prints_the_servers_own_words() -> None:
             reply(handler, 400, error)
 
     with server(answer) as url:
-        line = refusal("chat", "--url", url, "--prompt", "x")
+        line = refusal("client", "--url", url, "--prompt", "x")
     assert line == f"error: {error['error']['message']}"
 
 
-def test_chat_without_a_server_says_how_to_start_one() -> None:
+def test_client_without_a_server_says_how_to_start_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    line = refusal("chat", "--url", f"http://127.0.0.1:{port}", "--prompt", "x")
+    line = refusal("client", "--url", f"http://127.0.0.1:{port}", "--prompt", "x")
     assert "local-attention serve" in line
+
+
+def test_client_takes_a_load_tests_options_with_a_test_mode_only() -> None:
+    assert "--rate is not an option" in refusal("client", "--prompt", "x", "--rate", "2")
+
+
+def load_test(mode: str, *options: str) -> str:
+    """What the command prints of a load test against the null server."""
+    command = [sys.executable, "-c", "from serve_app.cli import app; app()", "client"]
+    with null_server("--itl-ms", "1") as url:
+        done = subprocess.run(
+            [*command, "--test-mode", mode, "--url", url, *options],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_client_runs_the_benchmark_with_progress_and_a_table(tmp_path: Path) -> None:
+    short = ("--run-time", "3s", "--progress", "1", "--floor", "0", "--rate", "10")
+    out = load_test("benchmark", *short, "--out", str(tmp_path / "run"))
+    assert re.search(r"^   2 s: \d+ sent, \d+ answered, 0 failed, 0 refused", out, re.MULTILINE)
+    assert re.search(r"^short +\d+", out, re.MULTILINE)
+    assert "Aggregated" not in out  # Locust's own tables
+    assert (tmp_path / "run" / "summary.json").exists()
+    code, printed, _ = run("report", str(tmp_path / "run"))
+    assert (code, printed) == (0, f"{tmp_path}/run/report.html\n")
+
+
+def test_client_sweeps_lengths(tmp_path: Path) -> None:
+    options = ("--lengths", "256,1k", "--repeats", "1", "--floor", "0")
+    out = load_test("long-context", *options, "--out", str(tmp_path / "run"))
+    assert re.search(r"^1,024 +1/1 ", out, re.MULTILINE)
+
+
+def test_report_of_nothing_is_one_line(tmp_path: Path) -> None:
+    assert "summary.json" in refusal("report", str(tmp_path))
 
 
 def test_offline_refuses_sinks_without_a_window(model: Path) -> None:

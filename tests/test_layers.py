@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"balance", "batching", "lengths", "capacity", "placement"},
     {"router", "upstream", "autoscaling", "simulator"},
     {"api", "engine"},
-    {"deployments", "model_config", "advice", "preflight", "simulate", "cli"},
+    {"deployments", "model_config", "advice", "preflight", "simulate", "client", "cli"},
 ]
 WITHIN_LAYER = {
     "config": {"errors", "pattern", "guard"},
@@ -39,7 +39,7 @@ WITHIN_LAYER = {
     "batching": {"balance"},
     "advice": {"model_config"},
     "simulator": {"autoscaling"},
-    "cli": {"advice", "preflight", "simulate"},
+    "cli": {"advice", "client", "preflight", "simulate"},
     "engine": {"local_attention"},  # to say which plan is in force
 }
 ASIDE = {

@@ -4,6 +4,7 @@ imported into, so both stay in processes of their own."""
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -185,6 +186,21 @@ def test_long_context_sweeps_every_length_and_ends(tmp_path: Path) -> None:
     cost = run.out[run.out.index("needles") :].splitlines()
     assert [line.split()[0] for line in cost[3:5]] == ["256", "2,048"]
     assert [line.split()[-1] for line in cost[3:5]] == ["0/3", "0/3"]
+
+
+def test_a_run_samples_the_kv_cache_and_says_how_it_was_made(tmp_path: Path) -> None:
+    with null_server("--ttft-ms", "500") as host:
+        run = benchmark(host, tmp_path / "run", "--label", "mine", "--progress", "1")
+    lines = (tmp_path / "run" / "kv_usage.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert 2 <= len(samples) <= 5  # one a second, of 3 s and the drain
+    assert samples[0]["at"] < samples[-1]["at"]
+    assert max(sample["usage"]["0"] for sample in samples) > 0  # requests were under way
+    assert (run.summary["kind"], run.summary["label"]) == ("benchmark", "mine")
+    assert run.summary["offered_requests_s"] == pytest.approx(20, rel=0.4)
+    assert {"python", "locust"} <= run.summary["versions"].keys()
+    assert "cores" in run.summary["machine"]
+    assert re.search(r"^ +1 s: \d+ sent, ", run.out, re.MULTILINE)
 
 
 def test_spike_raises_the_rate_in_its_middle(tmp_path: Path) -> None:
