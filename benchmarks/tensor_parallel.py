@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving import Server, demo_pool, write_deployment
+from tests.serving import START_TIMEOUT_S, Server, demo_pool, write_deployment
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_dead_worker_takes_its_engine_down_and_serve_replaces_it(pair: Server)
     _, left = psutil.wait_procs(group, timeout=30)
     assert not left, "the other worker outlived its engine"
     while not replicas(pair) - before or httpx.get(f"{pair.url}/ready").status_code != 200:
-        assert time.monotonic() < began + 120, pair.log[-4000:]
+        assert time.monotonic() < began + START_TIMEOUT_S, pair.log[-4000:]
         time.sleep(0.5)
     assert complete(pair).status_code == 200
     print(f"a dead worker's engine was replaced after {time.monotonic() - began:.0f} s")

@@ -58,6 +58,10 @@ def read_measured(path: Path) -> Measured:
     """Raises ``ConfigError`` for a file that is missing or is no cost model."""
     try:
         return Measured.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"The cost model {path} does not exist; benchmarks/cost_model.py measures one."
+        ) from error
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"The cost model {path} cannot be read: {error}.") from error
     except ValidationError as error:
@@ -112,7 +116,10 @@ def repeat(arrivals: Sequence[Arrival], factor: int) -> list[Arrival]:
 
 def simulate_command(
     config: Annotated[Path, typer.Argument(help="A file in configs/.", metavar="CONFIG.YAML")],
-    cost: Annotated[Path, typer.Option(help="Step times, from benchmarks/cost_model.py.")],
+    cost: Annotated[
+        Path | None,
+        typer.Option(help="Step times; by default CONFIG.cost.json beside the configuration."),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="A CSV: time, prompt tokens, output tokens.")
     ] = None,
@@ -131,7 +138,7 @@ def simulate_command(
     ttft_target: Annotated[float, typer.Option(min=0, help="Seconds; what goodput counts.")] = 2.0,
 ) -> None:
     """Predict latency, goodput and GPU-hours of a configuration under an arrival trace."""
-    app, measured = load_config(config), read_measured(cost)
+    app, measured = load_config(config), read_measured(cost or config.with_suffix(".cost.json"))
     pools = plans(app, measured)
     if trace is not None:
         try:

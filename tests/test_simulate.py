@@ -92,7 +92,11 @@ def test_repeating_keeps_the_span_of_a_trace() -> None:
         ("--lengths", "novels", "must be azure-conversation, azure-code or lmsys-chat"),
         ("--scale", "0", "must be numbers such as 1,10,100"),
         ("--trace", "nowhere.csv", "The trace nowhere.csv cannot be read"),
-        ("--cost", "nowhere.json", "The cost model nowhere.json cannot be read"),
+        (
+            "--cost",
+            "nowhere.json",
+            "The cost model nowhere.json does not exist; benchmarks/cost_model.py measures one.",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence(
