@@ -19,8 +19,8 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
+import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -169,6 +169,19 @@ async def check(
         )
 
 
+def machine() -> str:
+    """The GPU of this machine, or its processor and number of cores."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[
+            0
+        ]
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(":")[2]
+        return f"{os.cpu_count()} cores of {name.strip()}"
+
+
 async def run(args: argparse.Namespace, config: AppConfig) -> None:
     from serve_app.engine import Engine
 
@@ -180,7 +193,7 @@ async def run(args: argparse.Namespace, config: AppConfig) -> None:
     info = engine.describe()
     known = read_measured(args.check) if args.check else None
     base = known or Measured(
-        measured_on=args.label or f"{config.served_model_name} on {platform.machine()}",
+        measured_on=args.label or f"{config.served_model_name}, pool {args.pool}, on {machine()}",
         layers=len(info.rules),
         kv_tokens=info.kv_tokens,
         start_s=round(started, 1),

@@ -123,7 +123,7 @@ class Session:
 
     def cpu_s(self, deployment: str = "gateway") -> float:
         """Processor seconds that the replicas of a deployment have used so far."""
-        return sum(_cpu_s(pid) for pid in self._replicas(deployment))
+        return sum(_cpu_s(pid) for pid in self.replicas(deployment))
 
     def stop(self) -> None:
         """End the application and its session."""
@@ -152,7 +152,7 @@ class Session:
     ) -> None:
         self.stop()
 
-    def _replicas(self, deployment: str) -> list[int]:
+    def replicas(self, deployment: str) -> list[int]:
         """Processes of a deployment, by the title that Ray gives them."""
         title = f"ray::ServeReplica:{self.name}:{deployment}".encode()
         return [

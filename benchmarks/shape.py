@@ -29,7 +29,31 @@ QWEN3_06B: dict[str, Any] = {
     "bos_token_id": demo.BOS,
     "eos_token_id": demo.EOS,
 }
-# The same model with less of everything, to try a measurement out where there is no GPU.
+# Llama 3.1's shapes.
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rope_theta": 500000,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": demo.BOS,
+    "eos_token_id": demo.EOS,
+}
+LLAMA_70B = LLAMA_8B | {
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+}
+# Qwen3's shape with less of everything, to try a measurement out where there is no GPU.
 TINY = QWEN3_06B | {
     "num_hidden_layers": 4,
     "hidden_size": 128,

@@ -16,6 +16,7 @@ from serve_app.pattern import LayerRule
 from serve_app.simulate import plans, read_measured, repeat, times
 from serve_app.simulator import Arrival
 
+ROOT = Path(__file__).parent.parent
 COST = {
     "measured_on": "a test",
     "layers": 4,
@@ -76,6 +77,21 @@ def test_a_row_for_each_scale(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert len(rows) == 2
     requests = [int(row.split("│")[2]) for row in rows]
     assert requests[1] == 20 * requests[0] == 20 * (len(trace.read_text().splitlines()) - 1)
+
+
+def test_the_demo_needs_no_file_but_its_configuration() -> None:
+    result = run(ROOT / "configs" / "demo-cpu.yaml", "--lengths", "lmsys-chat", "--seconds", 60)
+    assert result.exit_code == 0, result.output
+    measured = read_measured(ROOT / "configs" / "demo-cpu.cost.json")
+    assert measured.measured_on in " ".join(result.stdout.split())
+
+
+def test_shipped_step_times_are_those_of_the_demo_model() -> None:
+    measured = read_measured(ROOT / "configs" / "demo-cpu.cost.json")
+    model = json.loads((ROOT / "models" / "demo" / "config.json").read_text())
+    assert measured.layers == model["num_hidden_layers"]
+    assert measured.step_s > 0
+    assert measured.prompt_token_s > 0
 
 
 def test_repeating_keeps_the_span_of_a_trace() -> None:

@@ -1,0 +1,415 @@
+"""Many GPUs of one host: tensor parallel, replicas behind the router, two pools, a killed replica.
+
+    python -m benchmarks.scaling                                  # every GPU there is, all parts
+    python -m benchmarks.scaling --parts tensor --shapes 70b --sizes 2,4
+    python -m benchmarks.scaling --tiny --sizes 1,2               # any CPU, a tiny shape
+
+Parts, each with sessions of its own and a Markdown table:
+
+- ``tensor``: one engine over 1, 2, 4 ... GPUs: a lone request, and many streams.
+- ``replicas``: 1, 2, 4 ... engines of one GPU each, as many streams on each, and what the gateways
+  take of a core for 1,000 tokens/s.
+- ``pools``: short requests on engines of one GPU beside long ones on an engine of two, which has
+  another attention plan.
+- ``kill``: the engines of the largest size under load, one killed: what was lost, and how long
+  until it was replaced.
+
+Weights are random. Clients are processes of their own, one an engine, and go through the gateways'
+port, of which there is one an engine too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from benchmarks import shape
+from benchmarks.session import Session, System
+
+IMPORT_S = 5.0  # until clients in new processes can send
+REPLACED_S = 300.0
+POLL_S = 0.1
+CPU_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model without weights; ``gib`` is what it would take in bfloat16."""
+
+    config: dict[str, Any]
+    gib: float
+
+
+SHAPES = {
+    "8b": Shape(shape.LLAMA_8B, 15),
+    "70b": Shape(shape.LLAMA_70B, 132),
+    "tiny": Shape(shape.TINY, 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Streams that send ``requests`` each, one after the other. Lengths are tokens."""
+
+    streams: int
+    requests: int
+    prompt: int
+    output: int
+
+
+@dataclass(slots=True)
+class Driven:
+    """What clients saw. Times are milliseconds, ``began`` and ``ended`` of the monotonic clock."""
+
+    began: float
+    ended: float
+    ttft_ms: list[float] = field(default_factory=list)
+    itl_ms: list[float] = field(default_factory=list)
+    tokens: int = 0
+    cut: int = 0  # failed after the first token
+    lost: int = 0  # failed before it
+    client_cpu: float = 0.0
+
+    def __add__(self, other: Driven) -> Driven:
+        return Driven(
+            min(self.began, other.began),
+            max(self.ended, other.ended),
+            self.ttft_ms + other.ttft_ms,
+            self.itl_ms + other.itl_ms,
+            self.tokens + other.tokens,
+            self.cut + other.cut,
+            self.lost + other.lost,
+            max(self.client_cpu, other.client_cpu),
+        )
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / (self.ended - self.began)
+
+
+def drive(url: str, load: Load, at: float) -> Driven:
+    """Send a load from the time ``at`` on. Runs in a process of its own."""
+    # Here, because Locust patches the whole process when it is imported.
+    from benchmarks.gateway import Bodies
+    from load_tests.drive import closed_loop, cpu_share, headers_of
+
+    room = 1024 + 2 * load.prompt
+    bodies = Bodies("bench", room, load.prompt - 32, load.output)
+    asks = [bodies.ask() for _ in range(load.streams * load.requests)]
+    time.sleep(max(0.0, at - time.monotonic()))
+    began = time.monotonic()
+    with cpu_share() as share:
+        records = closed_loop(url, asks, load.streams, headers_of(""))
+    failed = [record for record in records if record.outcome != "ok"]
+    return Driven(
+        began,
+        time.monotonic(),
+        [record.ttft_ms for record in records if record.ttft_ms is not None],
+        [record.itl_ms for record in records if record.itl_ms is not None],
+        sum(record.output_tokens or 0 for record in records),
+        sum(record.ttft_ms is not None for record in failed),
+        sum(record.ttft_ms is None for record in failed),
+        share[0],
+    )
+
+
+@contextmanager
+def clients(url: str, loads: Sequence[Load]) -> Iterator[list[Future[Driven]]]:
+    """A process for each load, all beginning together."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(loads), mp_context=fresh) as pool:
+        at = time.monotonic() + IMPORT_S
+        yield [pool.submit(drive, url, load, at) for load in loads]
+
+
+def drive_all(url: str, loads: Sequence[Load]) -> Driven:
+    with clients(url, loads) as running:
+        return total(future.result() for future in running)
+
+
+def total(parts: Iterator[Driven]) -> Driven:
+    whole = next(parts)
+    for part in parts:
+        whole += part
+    return whole
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where this runs, and what is chosen of it."""
+
+    out: Path
+    tiny: bool
+    sizes: list[int]  # GPUs of an engine, or engines
+    gpu_gib: float
+    shapes: list[str]  # the first one is that of all parts but tensor
+    kill_requests: int  # of each stream
+
+    @contextmanager
+    def serve(
+        self, name: str, pools: dict[str, dict[str, Any]], gateways: int = 1
+    ) -> Iterator[Session]:
+        """A session of the shape ``name`` with these pools."""
+        model = self.out / f"{name}-shape"
+        shape.build(model, SHAPES[name].config)
+        engine = {"load_format": "dummy", "enable_prefix_caching": False}
+        if self.tiny:
+            engine |= {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+            pools = {key: {**pool, "env": CPU_ENV} for key, pool in pools.items()}
+        else:
+            engine |= {"dtype": "bfloat16", "gpu_memory_utilization": 0.9}
+        config = {
+            "model": str(model.resolve()),
+            "served_model_name": "bench",
+            "device": "cpu" if self.tiny else "gpu",
+            "engine_args": engine,
+            "gateway": {"replicas": gateways, "default_output_tokens": 64},
+            "pools": pools,
+        }
+        path = self.out / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        began = time.monotonic()
+        with Session(System("ours", str(path))) as session:
+            print(f"{name}, {', '.join(pools)}: up after {time.monotonic() - began:.0f} s")
+            yield session
+
+    def load(self, streams: int, prompt: int, output: int, requests: int = 4) -> Load:
+        """A load, or its miniature."""
+        if self.tiny:
+            return Load(min(streams, 4), requests, min(prompt, 200), min(output, 16))
+        return Load(streams, requests, prompt, output)
+
+    def fits(self, name: str, gpus: int) -> bool:
+        """Whether weights leave room for a KV cache on so many GPUs."""
+        return self.tiny or SHAPES[name].gib < 0.8 * gpus * self.gpu_gib
+
+
+def tensor(host: Host) -> str:
+    rows = []
+    for name in host.shapes:
+        for size in host.sizes:
+            if not host.fits(name, size):
+                print(f"{name} does not fit {size} GPUs of {host.gpu_gib:.0f} GiB")
+                continue
+            with host.serve(name, {"all": _pool(tensor_parallel_size=size)}) as session:
+                drive_all(session.url, [host.load(8, 512, 16, 1)])  # warm-up
+                lone = drive_all(session.url, [host.load(1, 4096, 128)])
+                many = drive_all(session.url, [host.load(64, 1024, 256, 3)])
+            rows.append(
+                [
+                    name,
+                    str(size),
+                    f"{middle(lone.ttft_ms):.0f}",
+                    f"{middle(lone.itl_ms):.2f}",
+                    f"{many.tokens_per_s:,.0f}",
+                    *_client(many),
+                ]
+            )
+            print(table(TENSOR_HEADS, rows[-1:]), flush=True)
+    return table(TENSOR_HEADS, rows)
+
+
+def replicas(host: Host) -> str:
+    rows: list[list[str]] = []
+    first = 0.0
+    for size in host.sizes:
+        pools = {"all": _pool(replicas=size)}
+        with host.serve(host.shapes[0], pools, gateways=size) as session:
+            drive_all(session.url, [host.load(8, 512, 16, 1)] * size)  # warm-up
+            before = session.cpu_s()
+            driven = drive_all(session.url, [host.load(64, 512, 256)] * size)
+            used = session.cpu_s() - before
+        first = first or driven.tokens_per_s
+        rows.append(
+            [
+                str(size),
+                f"{driven.tokens_per_s:,.0f}",
+                f"{driven.tokens_per_s / first:.2f}",
+                f"{middle(driven.ttft_ms):.0f}",
+                f"{middle(driven.itl_ms):.2f}",
+                f"{1e3 * used / driven.tokens:.2f}",
+                *_client(driven),
+            ]
+        )
+        print(table(REPLICA_HEADS, rows[-1:]), flush=True)
+    return table(REPLICA_HEADS, rows)
+
+
+def pools(host: Host) -> str:
+    plan = {"sliding_window": 64 if host.tiny else 4096, "full_attention_every": 4}
+    two = {
+        "short": _pool(max_model_len=1024 if host.tiny else 4096),
+        "long": _pool(tensor_parallel_size=2, local_attention=plan),
+    }
+    short = host.load(64, 512, 256)
+    long = Load(2, 2, 1500, 16) if host.tiny else Load(8, 4, 20_000, 256)
+    rows = []
+    with host.serve(host.shapes[0], two) as session:
+        drive_all(session.url, [short, long])  # warm-up
+        for name, loads in (("alone", [short]), ("alone", [long]), ("together", [short, long])):
+            with clients(session.url, loads) as running:
+                for load, future in zip(loads, running, strict=True):
+                    driven = future.result()
+                    rows.append(
+                        [
+                            "short" if load is short else "long",
+                            name,
+                            f"{middle(driven.ttft_ms):.0f}",
+                            f"{middle(driven.itl_ms):.2f}",
+                            f"{driven.tokens_per_s:,.0f}",
+                            *_client(driven),
+                        ]
+                    )
+    return table(POOL_HEADS, rows)
+
+
+def kill(host: Host) -> str:
+    size = max(2, *host.sizes)
+    pools = {"all": _pool(replicas=size)}
+    with host.serve(host.shapes[0], pools, gateways=size) as session:
+        drive_all(session.url, [host.load(8, 512, 16, 1)] * size)  # warm-up
+        loads = [host.load(32, 512, 256, host.kill_requests)] * size
+        with clients(session.url, loads) as running:
+            time.sleep(IMPORT_S + 3)
+            os.kill(session.replicas("engine")[0], signal.SIGKILL)
+            killed = time.monotonic()
+            seen = _until(session.url, lambda engines: engines < size) - killed
+            replaced = _until(session.url, lambda engines: engines == size) - killed
+            driven = total(future.result() for future in running)
+    row = [
+        str(size),
+        str(len(driven.ttft_ms) + driven.lost),
+        str(driven.cut),
+        str(driven.lost),
+        f"{seen:.1f}",
+        f"{replaced:.1f}",
+        "yes" if driven.ended > killed + replaced else "no",
+    ]
+    return table(KILL_HEADS, [row])
+
+
+TENSOR_HEADS = (
+    "shape",
+    "GPUs",
+    "lone TTFT p50 ms",
+    "lone ms a token",
+    "64 streams, tokens/s",
+    "failed",
+    "client CPU",
+)
+REPLICA_HEADS = (
+    "engines",
+    "tokens/s",
+    "x of the first",
+    "TTFT p50 ms",
+    "ms a token",
+    "gateways' CPU s per 1,000 tokens",
+    "failed",
+    "client CPU",
+)
+POOL_HEADS = ("pool", "", "TTFT p50 ms", "ms a token", "tokens/s", "failed", "client CPU")
+KILL_HEADS = (
+    "engines",
+    "requests",
+    "cut after their first token",
+    "lost before it",
+    "seen after s",
+    "replaced after s",
+    "under load until then",
+)
+PARTS: dict[str, Callable[[Host], str]] = {
+    "tensor": tensor,
+    "replicas": replicas,
+    "pools": pools,
+    "kill": kill,
+}
+
+
+def _pool(**keys: Any) -> dict[str, Any]:
+    return {"max_model_len": 32768, "num_cpus": 1, "drain_s": 5, **keys}
+
+
+def _client(driven: Driven) -> list[str]:
+    return [str(driven.cut + driven.lost), f"{driven.client_cpu:.0%}"]
+
+
+def _until(url: str, enough: Callable[[int], bool]) -> float:
+    """The time at which the gateways' count of engines is as asked for."""
+    deadline = time.monotonic() + REPLACED_S
+    while not enough(httpx.get(f"{url}/ready", timeout=10).json()["pools"]["all"]):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the number of engines did not change for {REPLACED_S:.0f} s")
+        time.sleep(POLL_S)
+    return time.monotonic()
+
+
+def middle(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else float("nan")
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gpus() -> list[float]:
+    """The memory of each GPU in GiB."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=True)
+    return [int(line) / 1024 for line in listed.stdout.split()]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure one host with many GPUs.")
+    parser.add_argument("--parts", default=",".join(PARTS), help="commas")
+    parser.add_argument("--sizes", type=numbers, help="default: 1, 2, 4 ... up to the GPUs there")
+    parser.add_argument("--shapes", type=names, default=["8b", "70b"], help="commas")
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this out")
+    parser.add_argument("--kill-requests", type=int, default=12, help="of each stream")
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = arguments()
+    memory = [] if chosen.tiny else gpus()
+    sizes = chosen.sizes or [2**n for n in range(8) if 2**n <= len(memory)] or [1]
+    shapes = ["tiny"] if chosen.tiny else chosen.shapes
+    gpu_gib = min(memory, default=0.0)
+    host = Host(chosen.out, chosen.tiny, sizes, gpu_gib, shapes, chosen.kill_requests)
+    tables = []
+    for part in chosen.parts.split(","):
+        began = time.monotonic()
+        tables.append(f"{part}\n\n{PARTS[part](host)}")
+        print(f"{tables[-1]}\n({time.monotonic() - began:.0f} s)\n", flush=True)
+    print("\n\n".join(tables), flush=True)
+
+
+if __name__ == "__main__":
+    main()
