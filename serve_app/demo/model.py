@@ -9,6 +9,7 @@ demonstration runs the paths that a large model runs. The same seed gives the sa
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,11 @@ def build(directory: Path, seed: int = 0) -> None:
     ``config.json`` is written last, so that a directory that has it is whole. Raises
     ``ConfigError`` when the directory holds files that are not the demo model's.
     """
+    write(directory, config(), weights(seed))
+
+
+def write(directory: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Write a model of this vocabulary into ``directory``, with the tokenizer; see ``build``."""
     from safetensors.torch import save
 
     directory = Path(directory)
@@ -75,13 +81,13 @@ def build(directory: Path, seed: int = 0) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
     write_tokenizer(directory)
-    data = save(weights(seed), metadata={"format": "pt"})
+    data = save(dict(weights), metadata={"format": "pt"})
     (directory / "model.safetensors").write_bytes(data)
     _write_json(
         directory / "generation_config.json",
         {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
     )
-    _write_json(directory / "config.json", config())
+    _write_json(directory / "config.json", config)
 
 
 def config() -> dict[str, Any]:
@@ -208,6 +214,7 @@ def _refuse_strangers(directory: Path) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "report.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -219,5 +226,5 @@ def _refuse_strangers(directory: Path) -> None:
         )
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
