@@ -29,13 +29,14 @@ import aiohttp
 import numpy as np
 
 from serve_app.config import AppConfig, load_config
-from serve_app.placement import place
 from serve_app.request import TOKEN_HEADER, EngineInfo
 from serve_app.simulate import Measured, plans, read_measured
 from serve_app.simulator import Arrival, CostModel, PoolPlan, generate, quantile, simulate
 
 UNITS = [CostModel(*(float(i == k) for i in range(4))) for k in range(4)]
 REPEATS = 5
+PROMPTS = (32, 256, 1024, 2048, 4096, 16384, 65536)
+BATCHES = ((1, 32), (4, 32), (16, 32), (64, 128), (1, 2048), (4, 1024), (16, 512), (4, 16384))
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,8 @@ class Timed:
 
 def groups(longest: int) -> list[list[Arrival]]:
     """Requests that are sent together: prompts alone, then decoding in batches."""
-    prompts = [[Arrival(0, length, 1)] for length in (32, 256, 1024, 2048, 4096)]
-    decodes = [
-        [Arrival(0, length, 64)] * count
-        for count, length in ((1, 32), (4, 32), (16, 32), (1, 2048), (4, 1024), (16, 512))
-    ]
+    prompts = [[Arrival(0, length, 1)] for length in PROMPTS]
+    decodes = [[Arrival(0, length, 64)] * count for count, length in BATCHES]
     return [group for group in prompts + decodes if group[0].prompt_tokens + 64 <= longest]
 
 
@@ -185,8 +183,7 @@ def machine() -> str:
 async def run(args: argparse.Namespace, config: AppConfig) -> None:
     from serve_app.engine import Engine
 
-    pool = config.pools[args.pool]
-    engine_args = config.engine_args_of(args.pool) | place(pool, config.device).engine_args
+    engine_args = config.engine_args_of(args.pool)  # without Ray, so vLLM starts its own workers
     began = time.monotonic()
     engine = await Engine.start(engine_args, pool=args.pool, replica="r", host="127.0.0.1")
     started = time.monotonic() - began

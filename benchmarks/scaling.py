@@ -188,7 +188,9 @@ class Host:
         path.write_text(yaml.safe_dump(config))
         began = time.monotonic()
         with Session(System("ours", str(path))) as session:
-            print(f"{name}, {', '.join(pools)}: up after {time.monotonic() - began:.0f} s")
+            print(
+                f"{name}, {', '.join(pools)}: up after {time.monotonic() - began:.0f} s", flush=True
+            )
             yield session
 
     def load(self, streams: int, prompt: int, output: int, requests: int = 4) -> Load:

@@ -41,10 +41,11 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; Ray's processes follow theirs
 
 
-def write_deployment(pools: dict[str, Any], directory: Path) -> Path:
+def write_deployment(pools: dict[str, Any], directory: Path, gateways: int = 1) -> Path:
     """A ``deploy.yaml`` in ``directory`` that serves the demo model with these pools."""
     config = yaml.safe_load((ROOT / "configs" / "demo-cpu.yaml").read_text())
     config |= {"pools": pools, "model": str(ROOT / "models" / "demo")}
+    config["gateway"] |= {"replicas": gateways, "num_cpus": 0.1}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     deploy = yaml.safe_load((ROOT / "deploy.yaml").read_text())
     deploy["applications"][0]["args"]["config"] = str(directory / "config.yaml")
@@ -114,6 +115,15 @@ class Server:
         ``engine_short=2`` means two replicas of the deployment ``engine-short``.
         """
         self._write({name.replace("_", "-"): count for name, count in replicas.items()})
+        self._apply()
+
+    def deploy(self, deploy: Path) -> None:
+        """Deploy another file in place of the one that runs; returns at once."""
+        (application,) = yaml.safe_load(deploy.read_text())["applications"]
+        self._settings["applications"][0]["args"]["config"] = application["args"]["config"]
+        self._apply()
+
+    def _apply(self) -> None:
         dashboard = re.search(r"dashboard at \S*(http://[\d.]+:\d+)", self.log)
         assert dashboard, self.log
         token = Path.home() / ".ray" / "auth_token"
