@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.errors import LocalAttentionError
 from serve_app.pattern import LayerRule
 
 pytest.importorskip("vllm")
-from serve_app.local_attention.rows import chunk_rows, most_rows
-from serve_app.local_attention.sink_layers import sink_rows, window_rows
+from serve_app.local_attention.rows import chunk_rows, chunked_backend, most_rows
+from serve_app.local_attention.sink_layers import sink_backend, sink_rows, window_rows
 
 BLOCKS = 80  # a request's block table
 # (tokens before, new tokens) of each request; a padding request has neither.
@@ -100,3 +101,16 @@ def test_sink_rows(requests: list[tuple[int, int]], window: int, sinks: int) -> 
             assert owner[row] == request
             assert kv_lens[row] == len(beside)
             token += 1
+
+
+class ForeignBackend:
+    @staticmethod
+    def get_name() -> str:
+        return "FLASHINFER"
+
+
+def test_a_backend_without_the_kernels_is_refused_by_name() -> None:
+    with pytest.raises(LocalAttentionError, match="FLASHINFER; choose FLASH_ATTN"):
+        chunked_backend(ForeignBackend, 64)  # type: ignore[arg-type]
+    with pytest.raises(LocalAttentionError, match="FLASHINFER; choose FLASH_ATTN"):
+        sink_backend(ForeignBackend, 64, 4)  # type: ignore[arg-type]

@@ -80,6 +80,18 @@ def _gpt_neox(**overrides: Any) -> transformers.PreTrainedConfig:
     return transformers.GPTNeoXConfig(**{**_SHAPE, **overrides})
 
 
+def _llama4(**overrides: Any) -> transformers.PreTrainedConfig:
+    own = {
+        "head_dim": 32,
+        "intermediate_size_mlp": 2 * HIDDEN,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 128,
+        "use_qk_norm": False,
+    }
+    return transformers.Llama4TextConfig(**{**_GROUPED, **own, **overrides})
+
+
 ZOO: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
     "llama": _llama,
     "qwen3": _qwen3,
@@ -90,15 +102,16 @@ ZOO: dict[str, Callable[..., transformers.PreTrainedConfig]] = {
     "phi": _phi,
     "gpt_neox": _gpt_neox,
 }
+_FAMILIES = {**ZOO, "llama4": _llama4}  # the reference does not know its experts and its own chunks
 
 
 def write_model(name: str, directory: Path, seed: int = 0, **overrides: Any) -> Path:
-    """Write the checkpoint ``name`` of :data:`ZOO` to ``directory`` and return the directory.
+    """Write the checkpoint ``name`` to ``directory`` and return the directory.
 
-    ``overrides`` replace keys of the configuration, such as ``num_hidden_layers``,
-    ``sliding_window`` or ``layer_types``.
+    Names are those of :data:`ZOO`, and ``llama4``. ``overrides`` replace keys of
+    the configuration, such as ``num_hidden_layers``, ``sliding_window`` or ``layer_types``.
     """
-    config = ZOO[name](**overrides)
+    config = _FAMILIES[name](**overrides)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _fill(model, zlib.crc32(f"{name} {seed}".encode()))
     model.save_pretrained(directory)
