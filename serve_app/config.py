@@ -111,6 +111,9 @@ class PoolConfig(_Strict):
         default=None,
         description="Workers of one engine on one node, or on several; see serve_app/placement.py.",
     )
+    max_surge_percent: int = Field(
+        default=0, ge=0, le=100, description="Engines beyond `replicas` while an update goes on."
+    )
     drain_s: float = Field(default=60, ge=0, description="Grace for running requests at shutdown.")
     local_attention: LocalAttention | None = None
     engine_args: dict[str, Any] = Field(default_factory=dict)

@@ -37,6 +37,7 @@ from serve_app.upstream import Upstream
 log = logging.getLogger(__name__)
 
 _DISCOVER_TIMEOUT_S = 5.0
+_LOOKS, _BETWEEN_LOOKS_S = 60, 0.05  # three seconds, until engines are known
 # Serve's processes report to its autoscaler every ten seconds unless told otherwise.
 _REPLICA_PUSH = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
 _HANDLE_PUSH = "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
@@ -123,7 +124,18 @@ class GatewayDeployment:
         keys = read_keys(config)
         self._app = create_app(config, self._router, GatewayMetrics(), keys, self._tracer)
         if listen is not None:  # all gateways of a node listen on the same port
+            await self._look_around()
             self._port = Port(identified(self._app), listen, shared=True)
+
+    async def _look_around(self) -> None:
+        """Find engines before clients come, if there are some: one that takes over must not refuse.
+
+        Where engines still start, clients are told so.
+        """
+        for _ in range(_LOOKS):
+            if self._router.ready:
+                return
+            await asyncio.sleep(_BETWEEN_LOOKS_S)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._app
@@ -243,6 +255,7 @@ def application(
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=100_000,  # the gateway sheds by tokens, not by Serve's count
+        max_surge_percent=100,  # the next one listens before the last one drains
         graceful_shutdown_timeout_s=_drain_s(config) + 15,
         ray_actor_options=_gateway_actor(config),
     )
@@ -263,6 +276,7 @@ def _gateway_actor(config: AppConfig) -> dict[str, Any]:
 
 def _engine_options(config: AppConfig, pool: PoolConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
+        "max_surge_percent": pool.max_surge_percent,
         "graceful_shutdown_timeout_s": pool.drain_s + 15,
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,

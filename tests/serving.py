@@ -41,11 +41,10 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; Ray's processes follow theirs
 
 
-def write_deployment(pools: dict[str, Any], directory: Path, gateways: int = 1) -> Path:
+def write_deployment(pools: dict[str, Any], directory: Path) -> Path:
     """A ``deploy.yaml`` in ``directory`` that serves the demo model with these pools."""
     config = yaml.safe_load((ROOT / "configs" / "demo-cpu.yaml").read_text())
     config |= {"pools": pools, "model": str(ROOT / "models" / "demo")}
-    config["gateway"] |= {"replicas": gateways, "num_cpus": 0.1}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
     deploy = yaml.safe_load((ROOT / "deploy.yaml").read_text())
     deploy["applications"][0]["args"]["config"] = str(directory / "config.yaml")

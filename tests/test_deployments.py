@@ -10,7 +10,7 @@ from ray.serve.config import AutoscalingConfig
 
 from serve_app.autoscaling import TokenPolicy
 from serve_app.config import AppConfig
-from serve_app.deployments import EngineDeployment, _engine_options, _gateway_actor
+from serve_app.deployments import EngineDeployment, _engine_options, _gateway_actor, application
 
 
 def app(**pool: Any) -> AppConfig:
@@ -29,6 +29,14 @@ def test_a_fixed_pool_has_its_number_of_replicas() -> None:
     assert options["num_replicas"] == 3
     assert "autoscaling_config" not in options
     assert _gateway_actor(config) == {"num_cpus": 0.5}
+
+
+def test_updates_start_the_next_before_they_stop_the_last_where_there_is_room() -> None:
+    config = app(max_surge_percent=100)
+    options = _engine_options(config, config.pools["only"])
+    assert options["max_surge_percent"] == 100
+    gateway = application(config)._bound_deployment
+    assert gateway._deployment_config.max_surge_percent == 100
 
 
 def test_serve_takes_the_policy_and_its_settings() -> None:
