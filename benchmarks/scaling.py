@@ -393,7 +393,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=numbers, help="default: 1, 2, 4 ... up to the GPUs there")
     parser.add_argument("--shapes", type=names, default=["8b", "70b"], help="commas")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this out")
-    parser.add_argument("--kill-requests", type=int, default=12, help="of each stream")
+    parser.add_argument("--kill-requests", type=int, default=40, help="of each stream")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
     return parser.parse_args()
 
