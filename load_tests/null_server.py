@@ -85,7 +85,8 @@ class NullServer:
             wait = [(b"retry-after", str(manners.retry_after_s).encode())]
             await _answer(send, int(fault), {"error": {"message": f"told to say {fault}"}}, wait)
             return
-        tokens = manners.tokens or int(request.get("max_tokens", 16))
+        asked = request.get("max_completion_tokens") or request.get("max_tokens") or 16
+        tokens = manners.tokens or int(asked)
         usage = {"prompt_tokens": self._count(request), "completion_tokens": tokens}
         if request.get("stream"):
             await self._stream(send, arrived, tokens, usage, fault, chat=chat)

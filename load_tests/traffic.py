@@ -150,18 +150,17 @@ class Quantiles:
         return round(a * math.exp(math.log(b / a) * (level - low) / (high - low)))
 
 
+LEVELS = (0.0, 0.1, 0.5, 0.9, 1.0)
 # Azure: LLM inference traces of November 2023, github.com/Azure/AzurePublicDataset (CC-BY),
-# described in Patel et al., "Splitwise", ISCA 2024. LMSYS-Chat-1M: conversations of up to 4,096
-# tokens, as in Agrawal et al., "Vidur", MLSys 2024, table 1, which has the 50 and 90 % quantiles;
-# the ends are its cut. Code has short answers to long prompts, chat the reverse.
+# described in Patel et al., "Splitwise", ISCA 2024. LMSYS-Chat-1M: Zheng et al., ICLR 2024, table 1
+# has the means (69.5 tokens a prompt, 214.5 a response) and no quantiles; these are those of an
+# exponential distribution of that mean, cut so that the interpolated mean is the published one.
 PUBLISHED = {
     "azure-conversation": Quantiles(
-        (0, 0.1, 0.5, 0.9, 1), (1, 207, 1020, 2735, 14050), (1, 54, 129, 424, 1000)
+        LEVELS, prompt=(1, 207, 1020, 2735, 14050), output=(1, 54, 129, 424, 1000)
     ),
-    "azure-code": Quantiles(
-        (0, 0.1, 0.5, 0.9, 1), (1, 147, 1469, 5194, 7437), (1, 7, 13, 55, 1899)
-    ),
-    "lmsys-chat": Quantiles((0, 0.5, 0.9, 1), (1, 417, 1678, 4096), (1, 139, 484, 4096)),
+    "azure-code": Quantiles(LEVELS, prompt=(1, 147, 1469, 5194, 7437), output=(1, 7, 13, 55, 1899)),
+    "lmsys-chat": Quantiles(LEVELS, prompt=(1, 7, 48, 160, 329), output=(1, 23, 149, 494, 998)),
 }
 DRAWS = 64  # prompts prepared from a published distribution, at evenly spaced quantiles
 

@@ -1,4 +1,4 @@
-"""Each locust file for twenty seconds against the real server, as ``make load`` runs it."""
+"""Each locust file against the real server for some seconds: ``make load`` in short."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from load_tests.report import write_report
 from tests.serving import ROOT, Server
 
 
@@ -32,8 +33,12 @@ def run_locust(server: Server, out: Path, name: str, *options: str) -> str:
 @pytest.mark.parametrize(
     ("name", "options", "classes"),
     [
-        ("benchmark", ("-t", "20s", "--rate", "1.5"), ("short", "medium")),
-        ("long_context", ("-t", "20s", "--lengths", "256,1k,2k"), ("256", "1024", "2048")),
+        ("benchmark", ("-t", "12s", "--rate", "2", "--floor", "1"), ("short", "medium")),
+        (
+            "long_context",
+            ("--lengths", "256,1k,2k", "--repeats", "2", "--floor", "1"),
+            ("256", "1024", "2048"),
+        ),
     ],
 )
 def test_a_locust_file_measures_every_length_class(
@@ -45,5 +50,24 @@ def test_a_locust_file_measures_every_length_class(
     assert {record["length_class"] for record in records} >= set(classes)
     assert all(record["outcome"] == "ok" for record in records)
     assert all(0 < record["ttft_ms"] <= record["e2e_ms"] for record in records)
+    assert all(record["prompt_tokens"] == record["prompt_tokens_asked"] for record in records)
+    assert all(record["output_tokens"] == 32 for record in records)
+    assert all(record["pool"] in ("short", "long") for record in records)
     for length_class in classes:
         assert length_class in printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["classes"][-1]["count"] == len(records)
+    # A busy machine may make the client late: then the run says so, and why.
+    assert summary["valid"] == (not summary["verdict"]["faults"])
+    assert ("VALID: schedule delay" if summary["valid"] else "INVALID, do not quote") in printed
+    assert summary["floor"]["failed"] == 0
+
+
+def test_the_servers_kv_cache_is_sampled_while_it_is_loaded(server: Server, tmp_path: Path) -> None:
+    options = ("-u", "4", "-r", "4", "--lengths", "4k", "--repeats", "4", "--output-tokens", "64")
+    run_locust(server, tmp_path, "long_context", *options, "--floor", "0")
+    samples = [json.loads(x) for x in (tmp_path / "kv_usage.jsonl").read_text().splitlines()]
+    engines = {name.split()[0] for sample in samples for name in sample["usage"]}
+    assert engines == {"short", "long"}
+    page = write_report([tmp_path])
+    assert (page.parent / "kv.png").exists()
