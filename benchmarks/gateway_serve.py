@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.gateway import SALT_DIGITS, Bodies, numbers
-from benchmarks.session import Session, System
+from benchmarks.session import EnginePort, Session, System
 from load_tests.compare import Side, order
 from load_tests.drive import closed_loop, cpu_share, headers_of
 from load_tests.stream import Record
@@ -77,12 +77,14 @@ class Hop:
         return len(self.times("B", "e2e_ms"))
 
 
-def measure(session: Session, size: Size, rounds: int, model: str) -> Hop:
+def measure(
+    session: Session, size: Size, rounds: int, model: str, engine: EnginePort | None = None
+) -> Hop:
     """Run ``rounds`` of four blocks, after one block of each side that is not counted.
 
-    The engine is that of the first pool, which must have one and hold the requests.
+    The engine is, unless given, that of the first pool, which must have one and hold the requests.
     """
-    engine = session.engines[0]
+    engine = engine or session.engines[0]
     hosts: dict[Side, str] = {"A": engine.url, "B": session.url}
     headers = {"A": headers_of(engine.header), "B": headers_of("")}
     prompt = size.prompt_bytes - SALT_DIGITS - 1

@@ -19,19 +19,11 @@ from pathlib import Path
 from benchmarks import flood, gateway_serve, shape
 from benchmarks.gateway import numbers
 from benchmarks.gateway_serve import Size
-from benchmarks.session import Kind, Session, System
+from benchmarks.routers import SYSTEMS
+from benchmarks.session import Session, System
 
 HERE = Path(__file__).resolve().parent
 PROMPT = 500  # bytes of text; the template makes it about 512 tokens
-
-
-SYSTEMS: dict[str, tuple[Kind, str]] = {  # kind and configuration
-    "pools": ("ours", "pools"),  # one engine a pool: short and long
-    "steps": ("ours", "steps"),  # one pool of two engines
-    "mixed": ("ours", "mixed"),  # the same with vLLM's own steps
-    "default-steps": ("default", "steps"),
-    "default": ("default", "mixed"),
-}
 
 
 @dataclass(frozen=True, slots=True)

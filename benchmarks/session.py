@@ -80,6 +80,7 @@ class Session:
         # Ray puts Unix sockets below this directory, and their paths may have 107 bytes only.
         self._directory = Path(tempfile.mkdtemp(prefix="la-", dir="/tmp"))
         self._log = self._directory / "log"
+        self.printed = ""  # by the session and its engines until they were ready
         order = {
             "kind": system.kind,
             "config": str(Path(system.config).resolve()),
@@ -115,6 +116,7 @@ class Session:
                 self.url: str = told["url"]
                 self.engines = [EnginePort(**engine) for engine in told["engines"]]
                 return self
+            self.printed += line
         raise RuntimeError(f"{self.system} did not start:\n{self.log[-6000:]}")
 
     @property

@@ -80,3 +80,14 @@ def build(directory: Path, shape: dict[str, Any]) -> None:
     settings = {**json.loads(path.read_text()), "model_max_length": 2**20}
     path.write_text(json.dumps(settings))
     (directory / "config.json").write_text(json.dumps(shape, indent=1))
+
+
+def model_for(device: str, out: Path, **changes: Any) -> str:
+    """A directory below ``out`` with the model that a device measures: the demo model on a CPU, the
+    shape of Qwen3-0.6B, with ``changes`` to its configuration, on a GPU."""
+    directory = (out / f"{device}-model").resolve()
+    if device == "gpu":
+        build(directory, QWEN3_06B | changes)
+    else:
+        demo.build(directory)
+    return str(directory)

@@ -1,0 +1,168 @@
+"""Our stack against `vllm serve` alone with the same engine arguments: is it as fast?
+
+    python -m benchmarks.against_vllm                    # one GPU, Qwen3-0.6B's shape
+    python -m benchmarks.against_vllm --device cpu       # the demo model
+
+Both are up at once, on the same device, and take turns in ABBA order: the same requests, each
+stream sending its next when its last has ended. The targets are 0.97 of vLLM's throughput and 5 ms
+on its median TTFT. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import shape
+from benchmarks.session import ROOT, EnginePort, Session, System, free_port
+from load_tests.summary import CPU_LIMIT, figure, percentile
+
+if TYPE_CHECKING:
+    from benchmarks.gateway_serve import Hop
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+START_TIMEOUT_S = 300
+TARGET_THROUGHPUT = 0.97  # of vLLM's
+TARGET_TTFT_MS = 5.0  # more than vLLM's, at the median
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What one system did: answers a second, all of one length, and median TTFT."""
+
+    answers_s: float
+    ttft_ms: float
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare our stack with vllm serve.")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
+    parser.add_argument("--streams", type=numbers, default=[], help="default: 1,32,128; CPU 1,8")
+    parser.add_argument("--prompt", type=int, default=500, help="bytes of text: tokens here")
+    parser.add_argument("--output-tokens", type=int, default=0, help="default: 128; CPU 32")
+    parser.add_argument("--requests", type=int, default=4, help="of each stream in a block")
+    parser.add_argument("--rounds", type=int, default=2, help="of four blocks each")
+    parser.add_argument("--out", type=Path, default=Path("runs/against-vllm"))
+    chosen = parser.parse_args()
+    on_gpu = chosen.device == "gpu"
+    chosen.streams = chosen.streams or ([1, 32, 128] if on_gpu else [1, 8])
+    chosen.output_tokens = chosen.output_tokens or (128 if on_gpu else 32)
+    return chosen
+
+
+def flags(arguments: dict[str, Any]) -> Iterator[str]:
+    """vLLM's command line for engine arguments by name."""
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, list):
+            yield from (f"--{flag}", *map(str, value))
+        else:
+            yield f"--{flag}"
+            yield json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+@contextmanager
+def vllm_serve(engine_args: dict[str, Any], env: dict[str, str]) -> Iterator[str]:
+    """vLLM's own server with these arguments; yields its URL once it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
+    with tempfile.NamedTemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, *flags(engine_args)],
+            cwd=ROOT,
+            env=env,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            if not _answers(url, process):
+                raise RuntimeError(f"vLLM did not start:\n{Path(log.name).read_text()[-4000:]}")
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    return False
+
+
+def verdict(streams: int, vllm: Side, ours: Side, client_cpu: float) -> str:
+    """Throughput ratio and the difference of median TTFTs, against their targets."""
+    ratio, added = ours.answers_s / vllm.answers_s, ours.ttft_ms - vllm.ttft_ms
+    full = " INVALID: the client was full." if client_cpu >= CPU_LIMIT else ""
+    return (
+        f"- {streams} streams: throughput {ratio:.3f} of vLLM's (target at least "
+        f"{TARGET_THROUGHPUT}: {'met' if ratio >= TARGET_THROUGHPUT else 'MISSED'}); TTFT p50 "
+        f"{'+' if added >= 0 else ''}{figure(added)} ms (target at most +{TARGET_TTFT_MS:g}: "
+        f"{'met' if added <= TARGET_TTFT_MS else 'MISSED'}).{full}"
+    )
+
+
+def verdict_of(hop: Hop) -> str:
+    vllm, ours = (
+        Side(
+            len(hop.times(side, "e2e_ms")) / hop.seconds[side],
+            percentile(hop.times(side, "ttft_ms"), 0.5),
+        )
+        for side in ("A", "B")
+    )
+    return verdict(hop.size.streams, vllm, ours, hop.client_cpu)
+
+
+def main() -> None:
+    # Here, because Locust patches the whole process when it is imported.
+    from benchmarks.gateway_serve import Size, measure, table
+    from serve_app.config import load_config
+
+    chosen = arguments()
+    path = CONFIGS / f"single-{chosen.device}.yaml"
+    model = shape.model_for(chosen.device, chosen.out)
+    config = load_config(path).model_copy(update={"model": model})
+    ((pool_name, pool),) = config.pools.items()
+    env = os.environ | {"HF_HUB_OFFLINE": "1", **pool.env}
+    hops = []
+    with (
+        vllm_serve(config.engine_args_of(pool_name), env) as alone,
+        Session(System("ours", str(path), model=model, door=chosen.door)) as session,
+    ):
+        for streams in chosen.streams:
+            body = chosen.prompt + 1000
+            size = Size(streams, body, chosen.prompt, chosen.output_tokens, chosen.requests)
+            vllm = EnginePort(pool_name, alone, header="")
+            hops.append(measure(session, size, chosen.rounds, config.served_model_name, vllm))
+            print(verdict_of(hops[-1]), flush=True)
+    print(f"\n*engine* is `vllm serve`, *gateway* our stack.\n\n{table(hops)}\n")
+    print("\n".join(map(verdict_of, hops)))
+
+
+if __name__ == "__main__":
+    main()
