@@ -90,6 +90,8 @@ def measure(kind: str, pattern: dict[str, int], chosen: argparse.Namespace) -> M
     system = System("ours", str(chosen.out / f"{name}.yaml"), model=chosen.model)
     with Session(system) as session:
         options = ("--output-tokens", str(scale.output), "--label", kind)
+        warm_up = ("--lengths", scale.crowd_length, "--repeats", "1", "--floor", "0")
+        loads.run("long_context", session.url, chosen.out / f"{name}-warm-up", *warm_up)
         lengths = ("--lengths", chosen.lengths or scale.lengths, "--repeats", str(scale.repeats))
         loads.run("long_context", session.url, sweep, *lengths, *options)
         count = str(chosen.crowd or scale.crowd)

@@ -46,9 +46,14 @@ class Sweep(StreamingUser):
     @task
     def next(self) -> None:
         if not self.left:
-            gevent.spawn(end, self.environment)
             raise StopUser
-        self.launch(self.left.popleft(), perf_counter()).join()
+        ask = self.left.popleft()
+        is_last = not self.left
+        self.launch(ask, perf_counter()).join()
+        if is_last:
+            assert self.load_run is not None
+            self.load_run.join()  # the answers that other users still wait for
+            gevent.spawn(end, self.environment)
 
 
 @events.init.add_listener

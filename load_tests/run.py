@@ -100,6 +100,10 @@ class Run:
         self.records.append(record)
         self._file.write(json.dumps(asdict(record)) + "\n")
 
+    def join(self) -> None:
+        """Wait for every request in flight, however long."""
+        self._in_flight.join()
+
     def finish(self, drain_s: float) -> None:
         """Wait for the requests in flight, give up those that outlast ``drain_s``, close."""
         if self._in_flight:

@@ -188,6 +188,17 @@ def test_long_context_sweeps_every_length_and_ends(tmp_path: Path) -> None:
     assert [line.split()[-1] for line in cost[3:5]] == ["0/3", "0/3"]
 
 
+def test_a_crowd_at_once_is_waited_for_however_long_it_takes(tmp_path: Path) -> None:
+    crowd = ("-u", "5", "-r", "5", "--lengths", "256", "--repeats", "10", "--drain", "0.1")
+    with null_server("--ttft-ms", "1000") as host:
+        run = locust("long_context.py", host, tmp_path / "run", *crowd)
+    assert run.code == 0, run.out
+    assert [record["outcome"] for record in run.records] == ["ok"] * 10
+    assert "ERROR" not in run.out
+    times = sorted(record["scheduled"] for record in run.records)
+    assert times[5] - times[0] > 0.9  # five at once, then the others
+
+
 def test_a_run_samples_the_kv_cache_and_says_how_it_was_made(tmp_path: Path) -> None:
     with null_server("--ttft-ms", "500") as host:
         run = benchmark(host, tmp_path / "run", "--label", "mine", "--progress", "1")
