@@ -15,6 +15,7 @@ Imports nothing from ``serve_app``: what is measured is what a client sees.
 ``summary.py``        the tables and the verdict (pure)
 ``drive.py``          the same without Locust's runner
 ``compare.py``        ratios of two targets and their confidence (pure)
+``rates.py``          command: the benchmark at several rates
 ``ab.py``             command: two servers in ABBA order
 ``report.py``         command: runs as one HTML page and PNGs
 ``plots.py``          its figures

@@ -214,6 +214,28 @@ def test_a_run_samples_the_kv_cache_and_says_how_it_was_made(tmp_path: Path) -> 
     assert re.search(r"^ +1 s: \d+ sent, ", run.out, re.MULTILINE)
 
 
+def test_a_client_that_cannot_keep_up_says_that_it_is_not_fit(tmp_path: Path) -> None:
+    with null_server() as host:
+        run = benchmark(host, tmp_path / "run", "-t", "2s", "--rate", "3000", "--drain", "5")
+    assert not run.summary["valid"]
+    assert "INVALID, do not quote" in run.out
+    assert "requests left late" in run.out or "CPU was full" in run.out
+
+
+def test_rates_are_run_one_after_another_and_drawn_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "load_tests.rates", "--rates", "5,20", "--out", str(tmp_path)]
+    with null_server("--itl-ms", "1") as host:
+        command += ["--host", host, "-t", "2s", "--floor", "0", "--mix", MIX]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    rates = [
+        json.loads((tmp_path / f"rate-{rate}" / "summary.json").read_text())["offered_requests_s"]
+        for rate in (5, 20)
+    ]
+    assert rates[0] < rates[1]
+    assert (tmp_path / "report.html").exists()
+    assert {each.stem for each in tmp_path.glob("*.png")} >= {"goodput", "throughput"}
+
+
 def test_spike_raises_the_rate_in_its_middle(tmp_path: Path) -> None:
     shape = ("--shape", "spike", "--peak", "10", "--shape-seconds", "10", "--rate", "4")
     with null_server() as host:
