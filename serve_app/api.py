@@ -41,6 +41,7 @@ from serve_app.guard import check_body
 from serve_app.keys import ApiKey, KeyRing
 from serve_app.lengths import Estimate, LengthEstimator
 from serve_app.metrics import GatewayMetrics
+from serve_app.pattern import FULL, in_words
 from serve_app.request import Call, EngineInfo
 from serve_app.router import Answer, Router
 from serve_app.tracing import Tracer, trace_headers
@@ -264,6 +265,8 @@ class Relay(Response):
             (b"x-pool", self._pool.encode("latin-1")),
             (b"cache-control", b"no-cache"),
         ]
+        if any(rule != FULL for rule in answer.engine.rules):
+            headers.append((b"x-attention-plan", in_words(answer.engine.rules).encode()))
         status = answer.reply.status
         await send({"type": "http.response.start", "status": status, "headers": headers})
         between = self._metrics.time_between_chunks.labels(self._pool)

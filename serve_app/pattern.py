@@ -14,6 +14,7 @@ kind                   keys visible to the query at position ``i``
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -49,6 +50,23 @@ class LayerRule:
 
 
 FULL = LayerRule()
+
+
+def in_words(rules: Sequence[LayerRule]) -> str:
+    """``3 x sliding 512, 1 x full (full: layers 3)`` for four layers."""
+    kinds = Counter(rules)
+    parts = [f"{count} x {_describe(rule)}" for rule, count in kinds.items()]
+    full = [str(i) for i, rule in enumerate(rules) if rule == FULL]
+    where = f" (full: layers {', '.join(full)})" if full and len(kinds) > 1 else ""
+    return f"{', '.join(parts)}{where}"
+
+
+def _describe(rule: LayerRule) -> str:
+    if rule.kind == "chunked_attention":
+        return f"chunked {rule.span}"
+    if rule.kind == "sliding_attention":
+        return f"sliding {rule.span}" + (f" + {rule.sinks} sinks" if rule.sinks else "")
+    return "full"
 
 
 class LocalAttention(BaseModel):

@@ -17,6 +17,7 @@ from serve_app.config import AppConfig, GatewayConfig
 from serve_app.errors import EngineError
 from serve_app.keys import KeyRing, hash_key
 from serve_app.metrics import GatewayMetrics
+from serve_app.pattern import LocalAttention
 from serve_app.request import Call, EngineInfo
 from serve_app.router import Pool, Router
 from serve_app.tracing import ENDPOINT_VARIABLE, Tracer
@@ -101,6 +102,17 @@ async def test_bytes_pass_through_unchanged_with_the_pool_named() -> None:
     assert gateway.calls[0].id == "abc"
     assert json.loads(gateway.calls[0].body) == ASK
     assert gateway.calls[0].output_tokens == 4
+
+
+async def test_an_answer_under_a_local_plan_says_so() -> None:
+    gateway = Gateway(FakeReply(b"data: [DONE]\n\n"))
+    answer = await gateway.http.post("/v1/completions", json=ASK)
+    assert "x-attention-plan" not in answer.headers
+    rules = LocalAttention(sliding_window=512, full_attention_every=4).rules(8)
+    gateway.pool.update([EngineInfo("e2", "short", "http://e2", "token", rules)])
+    answer = await gateway.http.post("/v1/completions", json=ASK)
+    plan = "6 x sliding 512, 2 x full (full: layers 3, 7)"
+    assert answer.headers["x-attention-plan"] == plan
 
 
 async def test_an_engine_that_dies_half_way_ends_the_stream_with_an_error_event() -> None:

@@ -143,6 +143,7 @@ def test_the_smallest_pool_that_holds_a_request_answers(
         model="demo", prompt=[65] * prompt_tokens, max_tokens=8
     )
     assert answer.headers["x-pool"] == pool
+    assert ("x-attention-plan" in answer.headers) == (pool == "long")
     assert answer.headers["x-request-id"]
     usage = answer.parse().usage
     assert usage is not None

@@ -14,7 +14,6 @@ Sources, first match wins:
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 
 from serve_app.config import explain
 from serve_app.errors import LocalAttentionError
-from serve_app.pattern import FULL, Kind, LayerRule, LocalAttention
+from serve_app.pattern import FULL, Kind, LayerRule, LocalAttention, in_words
 
 CHUNK_VARIABLE = "VLLM_ATTENTION_CHUNK_SIZE"
 KEYS = ("sliding_window", "attention_chunk_size", "layer_types", "use_irope")
@@ -78,11 +77,7 @@ class Plan:
         return any(rule != FULL for rule in self.rules)
 
     def __str__(self) -> str:
-        kinds = Counter(self.rules)
-        parts = [f"{count} x {_describe(rule)}" for rule, count in kinds.items()]
-        full = [str(i) for i, rule in enumerate(self.rules) if rule == FULL]
-        where = f" (full: layers {', '.join(full)})" if full and len(kinds) > 1 else ""
-        return f"{', '.join(parts)}{where}, from {self.source}"
+        return f"{in_words(self.rules)}, from {self.source}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -330,14 +325,6 @@ def advice(
             "raise max_num_seqs to use what local attention frees."
         )
     return sentences
-
-
-def _describe(rule: LayerRule) -> str:
-    if rule.kind == "chunked_attention":
-        return f"chunked {rule.span}"
-    if rule.kind == "sliding_attention":
-        return f"sliding {rule.span}" + (f" + {rule.sinks} sinks" if rule.sinks else "")
-    return "full"
 
 
 def refuse_engine(plan: Plan, vllm_config: Any) -> None:
