@@ -122,7 +122,8 @@ class GatewayDeployment:
         ]
         self._tracer = Tracer.configured(gateway.otlp_endpoint)
         keys = read_keys(config)
-        self._app = create_app(config, self._router, GatewayMetrics(), keys, self._tracer)
+        metrics = GatewayMetrics(me if gateway.replicas > 1 else None)
+        self._app = create_app(config, self._router, metrics, keys, self._tracer)
         if listen is not None:  # all gateways of a node listen on the same port
             await self._look_around()
             self._port = Port(identified(self._app), listen, shared=True)

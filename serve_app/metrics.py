@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+from prometheus_client.registry import Collector
 
 from serve_app.request import EngineInfo
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
+@dataclass(frozen=True, slots=True)
+class _Labelled(Collector):
+    """The metrics of a registry, every series with the label ``gateway``."""
+
+    registry: CollectorRegistry
+    gateway: str
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self.registry.collect():
+            metric.samples = [
+                sample._replace(labels={**sample.labels, "gateway": self.gateway})
+                for sample in metric.samples
+            ]
+            yield metric
+
+
 class GatewayMetrics:
     """The metrics of one gateway. Times are seconds; labels carry names, never prompt text.
 
     Names that begin with ``gen_ai_server`` follow OpenTelemetry's conventions. The table of all
-    of them is in ``docs/operation.md``.
+    of them is in ``docs/operation.md``. ``gateway`` tells this one from others at the same
+    address, where each scrape meets one of them: without it their counters would seem to jump.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: str | None = None) -> None:
+        self._gateway = gateway
         self.registry = CollectorRegistry()
         self.time_to_first_token = self._histogram(
             "gen_ai_server_time_to_first_token_seconds", "From arrival to the first bytes."
@@ -79,7 +106,8 @@ class GatewayMetrics:
 
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""
-        return generate_latest(self.registry)
+        shown = _Labelled(self.registry, self._gateway) if self._gateway else self.registry
+        return generate_latest(shown)
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ["pool"], buckets=_SECONDS, registry=self.registry)
