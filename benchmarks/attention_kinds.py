@@ -53,7 +53,7 @@ def patterns(scale: Scale) -> dict[str, dict[str, int]]:
     return {
         "full": {},
         "sliding": {"sliding_window": scale.visible},
-        "chunked 3:1": {"attention_chunk_size": scale.visible, "full_attention_every": 4},
+        "chunked": {"attention_chunk_size": scale.visible, "full_attention_every": 4},
         "sinks": {
             "sliding_window": scale.visible - scale.sinks,
             "attention_sinks": scale.sinks,
@@ -84,14 +84,14 @@ class Measured:
 def measure(kind: str, pattern: dict[str, int], chosen: argparse.Namespace) -> Measured:
     """Serve the engine under ``pattern`` and send it the sweep and the crowd."""
     scale: Scale = SCALES[chosen.device]
-    name = kind.replace(" 3:1", "")
-    write_config(chosen.device, pattern, chosen.out / f"{name}.yaml")
-    sweep, crowd = chosen.out / f"{name}-sweep", chosen.out / f"{name}-crowd"
-    system = System("ours", str(chosen.out / f"{name}.yaml"), model=chosen.model)
+    config = chosen.out / f"{kind}.yaml"
+    write_config(chosen.device, pattern, config)
+    sweep, crowd = chosen.out / f"{kind}-sweep", chosen.out / f"{kind}-crowd"
+    system = System("ours", str(config), model=chosen.model)
     with Session(system) as session:
         options = ("--output-tokens", str(scale.output), "--label", kind)
         warm_up = ("--lengths", scale.crowd_length, "--repeats", "1", "--floor", "0")
-        loads.run("long_context", session.url, chosen.out / f"{name}-warm-up", *warm_up)
+        loads.run("long_context", session.url, chosen.out / f"{kind}-warm-up", *warm_up)
         lengths = ("--lengths", chosen.lengths or scale.lengths, "--repeats", str(scale.repeats))
         loads.run("long_context", session.url, sweep, *lengths, *options)
         count = str(chosen.crowd or scale.crowd)

@@ -141,15 +141,15 @@ def kv_over_time(axes: Axes, usage: Usage) -> None:
 
 def goodput_over_rate(axes: Axes, rates: Rates) -> None:
     """``rates``: for each label the offered, answered and good requests/s and output tokens/s of
-    each run. The grey line is a server that answers all."""
+    each run. Good ones met their targets. The grey line is a server that answers all."""
     highest = max(point[0] for points in rates.values() for point in points)
     axes.plot([0, highest], [0, highest], color="0.6", lw=1)
     for i, (name, points) in enumerate(rates.items()):
         offered, answered, good, _ = zip(*points, strict=True)
-        axes.plot(offered, answered, label=f"{name} answered".strip(), ls="--", **_style(i))
-        axes.plot(offered, good, label=f"{name} within targets".strip(), **_style(i))
-    _rate_axes(axes, "requests/s")
-    _legend(axes, [str(line.get_label()) for line in axes.get_lines()[1:]])
+        axes.plot(offered, answered, ls="--", **_style(i))
+        axes.plot(offered, good, label=name, **_style(i))
+    _rate_axes(axes, "good requests/s (dashed: answered)")
+    _legend(axes, rates)
 
 
 def throughput_over_rate(axes: Axes, rates: Rates) -> None:

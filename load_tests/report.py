@@ -197,10 +197,17 @@ PAGE = """<!doctype html>
 {facts}
 </html>
 """
-FACTS = (
-    *("started_at", "seconds", "offered_requests_s", "command", "host", "machine"),
-    *("versions", "commit", "floor"),
-)
+FACTS = {
+    "started_at": "started",
+    "seconds": "seconds",
+    "offered_requests_s": "offered requests/s",
+    "command": "command",
+    "host": "server",
+    "machine": "machine",
+    "versions": "versions",
+    "commit": "commit",
+    "floor": "client's floor",
+}
 
 
 def render(runs: Sequence[FinishedRun], figures: Figures) -> str:
@@ -257,12 +264,12 @@ def _picture(title: str, png: bytes) -> str:
 
 
 def _facts(run: FinishedRun, *, alone: bool) -> str:
-    heading = "" if alone else f"<h3>{html.escape(run.name)}</h3>"
+    title = "" if alone else f"<h3>{html.escape(run.name)}</h3>"
     lines = (
-        f"<tr><td>{name.replace('_', ' ')}<td><code>{_fact(run.summary.get(name))}</code>"
-        for name in FACTS
+        f"<tr><td>{heading}<td><code>{_fact(run.summary.get(name))}</code>"
+        for name, heading in FACTS.items()
     )
-    return f'{heading}<table class="facts">{"".join(lines)}</table>'
+    return f'{title}<table class="facts">{"".join(lines)}</table>'
 
 
 def _fact(value: Any) -> str:

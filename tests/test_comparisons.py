@@ -34,7 +34,7 @@ def run_of(folder: Path, records: list[Record], label: str) -> FinishedRun:
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-@pytest.mark.parametrize("kind", ["full", "sliding", "chunked 3:1", "sinks"])
+@pytest.mark.parametrize("kind", ["full", "sliding", "chunked", "sinks"])
 def test_every_kind_makes_a_configuration_that_can_be_served(
     tmp_path: Path, device: str, kind: str
 ) -> None:
@@ -54,7 +54,7 @@ def test_a_local_query_sees_the_same_number_of_keys_in_every_kind() -> None:
     known = attention_kinds.patterns(scale)
     visible = [
         known["sliding"]["sliding_window"],
-        known["chunked 3:1"]["attention_chunk_size"],
+        known["chunked"]["attention_chunk_size"],
         known["sinks"]["sliding_window"] + known["sinks"]["attention_sinks"],
     ]
     assert visible == [scale.visible] * 3
