@@ -60,6 +60,7 @@ class EngineDeployment:
             pool=pool,
             replica=serve.get_replica_context().replica_id.unique_id,
             host="127.0.0.1" if loopback else get_node_ip_address(),
+            silent_s=config.gateway.first_token_timeout_s,
         )
 
     async def describe(self, demand: Demand | None = None) -> EngineInfo:

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import dataclasses
 import hmac
+import math
 import secrets
+import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Mapping, MutableMapping
 from contextvars import ContextVar
@@ -57,8 +59,10 @@ class LoadLogger(StatLoggerBase):  # type: ignore[misc]  # vLLM ships no types
 
     def __init__(self) -> None:
         self.load = EngineLoad()
+        self.stepped_at = time.monotonic()
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+        self.stepped_at = time.monotonic()
         preempted = self.load.preemptions
         if iteration_stats is not None:
             preempted += iteration_stats.num_preempted_reqs
@@ -128,6 +132,7 @@ class Door:
         self._token = token.encode()
         self._under_way = 0
         self._closed = False
+        self.busy_since: float | None = None  # since when something has been under way
         self.drained = asyncio.Event()
         self.drained.set()
 
@@ -146,13 +151,16 @@ class Door:
         budget = headers.get(BUDGET_HEADER, b"0")
         visit = Visit(int(budget) if budget.isdigit() else 0)
         _visit.set(visit)
+        if self._under_way == 0:
+            self.busy_since = time.monotonic()
+            self.drained.clear()
         self._under_way += 1
-        self.drained.clear()
         try:
             await self._app(scope, receive, _holding_start(send, visit))
         finally:
             self._under_way -= 1
             if self._under_way == 0:
+                self.busy_since = None
                 self.drained.set()
 
     def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> tuple[int, bytes] | None:
@@ -194,19 +202,35 @@ class Engine:
     """A vLLM engine behind its own HTTP port. Made by :meth:`start`."""
 
     def __init__(
-        self, llm: AsyncLLM, load: LoadLogger, door: Door, port: Port, info: EngineInfo
+        self,
+        llm: AsyncLLM,
+        load: LoadLogger,
+        door: Door,
+        port: Port,
+        info: EngineInfo,
+        silent_s: float,
     ) -> None:
         self._llm = llm
         self._load = load
         self._door = door
         self._port = port
         self._info = info
+        self._silent_s = silent_s
 
     @classmethod
-    async def start(cls, args: Mapping[str, Any], *, pool: str, replica: str, host: str) -> Engine:
+    async def start(
+        cls,
+        args: Mapping[str, Any],
+        *,
+        pool: str,
+        replica: str,
+        host: str,
+        silent_s: float = math.inf,
+    ) -> Engine:
         """Load the model and open a free port of ``host``.
 
         ``args`` are vLLM's engine arguments by name. Raises ``ConfigError`` for an unknown one.
+        An engine that has requests and computes no step for ``silent_s`` seconds is taken for dead.
         """
         check_engine_args(args)
         namespace: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
@@ -241,7 +265,7 @@ class Engine:
             prefill_tokens=config.scheduler_config.max_num_batched_tokens,
             kv_tokens=_kv_room(config, rules),
         )
-        return cls(llm, load, door, port, info)
+        return cls(llm, load, door, port, info, silent_s)
 
     @property
     def app(self) -> AsgiApp:
@@ -252,8 +276,12 @@ class Engine:
         return dataclasses.replace(self._info, load=self._load.load)
 
     async def check_health(self) -> None:
-        """Raise when the engine or its port is dead."""
+        """Raise when the engine or its port is dead, or the engine has hung."""
         await self._llm.check_health()
+        if self._door.busy_since is not None:
+            silent = time.monotonic() - max(self._door.busy_since, self._load.stepped_at)
+            if silent > self._silent_s:
+                raise RuntimeError(f"requests wait, but no step was computed for {silent:.0f} s")
         if self._port.closed:
             raise RuntimeError("the engine's HTTP port has closed")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
-from serve_app.engine import Door, Engine, _visit, check_engine_args
+from serve_app.engine import Door, Engine, LoadLogger, _visit, check_engine_args
 from serve_app.errors import ConfigError
+from serve_app.request import EngineInfo
 
 Message = dict[str, Any]
 
@@ -93,6 +95,39 @@ async def test_a_request_that_fails_is_still_counted_out() -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         await door(visitor.scope, visitor.receive, visitor.send)
     assert door.drained.is_set()
+
+
+class Alive:
+    """Stands for a vLLM engine and a port that say nothing is wrong."""
+
+    closed = False
+
+    async def check_health(self) -> None:
+        return None
+
+
+async def test_an_engine_that_hangs_under_requests_is_not_healthy() -> None:
+    entered = asyncio.Event()
+
+    async def hang(_scope: Any, _receive: Any, _send: Any) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    door, visitor, load = Door(hang, "secret"), Visitor(), LoadLogger()
+    info = EngineInfo("r", "p", "http://r", "secret")
+    alive: Any = Alive()
+    engine = Engine(alive, load, door, alive, info, silent_s=60)
+    load.stepped_at = time.monotonic() - 100
+    await engine.check_health()  # idle for long, which is no fault
+    serving = asyncio.create_task(door(visitor.scope, visitor.receive, visitor.send))
+    await entered.wait()
+    await engine.check_health()  # it has only just been asked
+    door.busy_since = time.monotonic() - 90
+    with pytest.raises(RuntimeError, match="no step was computed for 90 s"):
+        await engine.check_health()
+    load.record(None, None)
+    await engine.check_health()
+    serving.cancel()
 
 
 def test_an_unknown_engine_argument_is_refused_with_the_nearest_name() -> None:
