@@ -37,7 +37,7 @@ check: install ## Lint, formatting, types
 	$(BIN)/mypy
 
 load: install ## Load a running server for a minute and print a table for each length class
-	$(BIN)/locust -f load_tests/benchmark.py --headless -u 1 -t 60s --rate 2 --host http://127.0.0.1:8000
+	$(BIN)/local-attention client --test-mode benchmark --run-time 60s --rate 2
 
 load-ui: install ## Open Locust's page on http://127.0.0.1:8089 for a running server
 	$(BIN)/locust -f load_tests/benchmark.py --web-host 127.0.0.1 --host http://127.0.0.1:8000

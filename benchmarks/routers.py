@@ -55,7 +55,7 @@ SCALES = {
     "gpu": Scale(
         "gpu", "short=0.95:150-500:64:250:20,long=0.05:12000-24000:64:2000:30", "10,20,40,60", 20
     ),
-    "cpu": Scale("tiny", "short=0.95:150-400:8:1500:150,long=0.05:3000-6000:8:8000:300", "1,2", 15),
+    "cpu": Scale("tiny", "short=0.95:150-400:8:1500:150,long=0.05:3000-6000:8:8000:300", "1,2", 10),
 }
 
 
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", default="", help="requests/s, commas")
     parser.add_argument("--mix", default="", help="as in load_tests/benchmark.py")
     parser.add_argument("--seconds", type=int, default=0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each system at each rate")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each system at each rate")
     parser.add_argument("--out", type=Path, default=Path("runs/routers"))
     chosen = parser.parse_args()
     scale = SCALES[chosen.device]

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import NoReturn
@@ -209,7 +210,7 @@ def _write_summary(
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started_at)),
         "kind": run.kind,
         "label": label,
-        "command": sys.argv,
+        "command": without_key(sys.argv),
         "host": run.host,
         "commit": _commit(),
         "machine": _machine(),
@@ -236,6 +237,19 @@ def judgement(judged: Verdict) -> str:
     if judged.valid:
         return f"VALID: {figures}"
     return "\n".join([f"INVALID, do not quote: {figures}", *(f"  - {f}" for f in judged.faults)])
+
+
+def without_key(command: Sequence[str]) -> list[str]:
+    """The command line as it may be shown: reports are passed on, API keys are not."""
+    shown = []
+    for before, part in pairwise(["", *command]):
+        name, equals, _ = part.partition("=")
+        if before == "--api-key":
+            part = "..."
+        elif name == "--api-key" and equals:
+            part = "--api-key=..."
+        shown.append(part)
+    return shown
 
 
 def _machine() -> str:

@@ -201,7 +201,8 @@ def test_a_crowd_at_once_is_waited_for_however_long_it_takes(tmp_path: Path) -> 
 
 def test_a_run_samples_the_kv_cache_and_says_how_it_was_made(tmp_path: Path) -> None:
     with null_server("--ttft-ms", "500") as host:
-        run = benchmark(host, tmp_path / "run", "--label", "mine", "--progress", "1")
+        key = ("--api-key", "secret")
+        run = benchmark(host, tmp_path / "run", "--label", "mine", "--progress", "1", *key)
     lines = (tmp_path / "run" / "kv_usage.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert 2 <= len(samples) <= 5  # one a second, of 3 s and the drain
@@ -209,6 +210,8 @@ def test_a_run_samples_the_kv_cache_and_says_how_it_was_made(tmp_path: Path) -> 
     assert max(sample["usage"]["0"] for sample in samples) > 0  # requests were under way
     assert (run.summary["kind"], run.summary["label"]) == ("benchmark", "mine")
     assert run.summary["offered_requests_s"] == pytest.approx(20, rel=0.4)
+    assert "--api-key" in run.summary["command"]
+    assert "secret" not in json.dumps(run.summary)
     assert {"python", "locust"} <= run.summary["versions"].keys()
     assert "cores" in run.summary["machine"]
     assert re.search(r"^ +1 s: \d+ sent, ", run.out, re.MULTILINE)
