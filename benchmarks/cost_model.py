@@ -35,7 +35,7 @@ from serve_app.simulator import Arrival, CostModel, PoolPlan, generate, quantile
 
 UNITS = [CostModel(*(float(i == k) for i in range(4))) for k in range(4)]
 REPEATS = 5
-PROMPTS = (32, 256, 1024, 2048, 4096, 16384, 65536)
+PROMPTS = (32, 256, 1024, 2048, 4096, 7680, 16384, 65536)
 BATCHES = ((1, 32), (4, 32), (16, 32), (64, 128), (1, 2048), (4, 1024), (16, 512), (4, 16384))
 
 
