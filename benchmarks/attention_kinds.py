@@ -1,7 +1,7 @@
 """What a pattern of attention is worth through the whole stack: full, sliding, chunked, sinks.
 
     python -m benchmarks.attention_kinds                 # one GPU, Qwen3-0.6B's shape, 8k to 127k
-    python -m benchmarks.attention_kinds --device cpu    # the demo model, 512 to 7k
+    python -m benchmarks.attention_kinds --device cpu    # the demo model, 512 to 4k
 
 Serves the same engine under each pattern in turn, behind the gateway, and sends each the same sweep
 over prompt lengths, one request at a time, then a crowd of prompts at once. A local query sees the
@@ -44,7 +44,7 @@ class Scale:
 
 SCALES = {
     "gpu": Scale("8k,16k,32k,64k,127k", 2048, 64, 128, 3, 64, "32k"),
-    "cpu": Scale("512,2k,7k", 512, 32, 16, 2, 4, "2k"),
+    "cpu": Scale("512,2k,4k", 512, 32, 16, 2, 4, "2k"),
 }
 
 
