@@ -19,15 +19,12 @@ RECOVERY_S = 150
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Server]:
+def pair(server: Server) -> Iterator[Server]:
     """The demo application with two replicas of the short pool."""
-    running = Server(scale={"engine-short": 2})
-    try:
-        running.wait_ready()
-        wait_for_engines(running, 2)
-        yield running
-    finally:
-        running.stop()
+    server.scale(engine_short=2)
+    wait_for_engines(server, 2)
+    yield server
+    server.scale(engine_short=1)
 
 
 @pytest.fixture
