@@ -12,6 +12,7 @@ import torch
 
 from serve_app.demo import model as demo
 from serve_app.demo import train
+from serve_app.local_attention.plan import make_plan
 from serve_app.pattern import FULL, LayerRule
 
 SMALL = train.Shape(layers=2, hidden=64, intermediate=64, offsets=((1, 2, 3, 4),))
@@ -130,3 +131,12 @@ def test_an_answer_counts_only_if_every_token_of_it_is_the_likeliest() -> None:
     oracle.wrong = len(answer) - 2
     assert train.right(oracle, [prompt], "cpu") == [False]
     assert train.right(model, [prompt], "cpu") == [False]
+
+
+@pytest.mark.parametrize("attention", list(train.PATTERNS))
+def test_a_written_config_asks_for_the_plan_that_was_trained(attention: str) -> None:
+    shape = train.Shape()
+    plan = make_plan(train.config(shape, attention), environment={})
+    assert plan is not None
+    assert plan.rules == train.rules_of(shape, attention)
+    assert make_plan(train.config(shape, "full"), environment={}) is None

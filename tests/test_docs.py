@@ -1,17 +1,23 @@
-"""The tables of docs/operation.md name everything that there is."""
+"""The tables of docs/operation.md name everything that there is, and the guides agree."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from prometheus_client import Metric
 
+from serve_app.advice import propose
+from serve_app.capacity import GIB
 from serve_app.config import GatewayConfig
 from serve_app.errors import RequestError
 from serve_app.metrics import GatewayMetrics
+from serve_app.model_config import ModelConfig
+from tests.test_advice import LLAMA_8B
 
-OPERATION = (Path(__file__).parent.parent / "docs" / "operation.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+OPERATION = (DOCS / "operation.md").read_text(encoding="utf-8")
 
 
 def errors(of: type[RequestError] = RequestError) -> Iterator[type[RequestError]]:
@@ -38,3 +44,32 @@ def test_every_error_is_in_the_table_with_its_status() -> None:
 def test_every_key_of_the_gateway_is_in_the_table() -> None:
     for key in GatewayConfig.model_fields:
         assert f"`{key}`" in OPERATION
+
+
+GUIDES = [(DOCS / name).read_text(encoding="utf-8") for name in ("guide.md", "guide.zh.md")]
+
+
+def test_both_guides_have_the_same_sections_commands_and_tables() -> None:
+    english, chinese = GUIDES
+    for pattern in (r"^#+ ", r"^\|", r"^ *- ", r"^\d\. "):
+        counts = [len(re.findall(pattern, guide, re.MULTILINE)) for guide in GUIDES]
+        assert counts[0] == counts[1], pattern
+    shown = [re.findall(r"^```\n\$ .*?^```", g, re.MULTILINE | re.DOTALL) for g in GUIDES]
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 4
+    assert re.findall(r"^\s*local-attention .*", english, re.MULTILINE) == re.findall(
+        r"^\s*local-attention .*", chinese, re.MULTILINE
+    )
+
+
+def test_the_guides_plan_is_what_the_command_says_today() -> None:
+    model = ModelConfig({**LLAMA_8B, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}})
+    proposal = propose(
+        "documents",
+        "models/llama-3.1-8b",
+        model,
+        gpus=1,
+        gpu_bytes=80 * GIB,
+        max_model_len=131072,
+    )
+    assert proposal.to_yaml() in GUIDES[0]
