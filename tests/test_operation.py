@@ -313,3 +313,11 @@ def test_dashboards_take_any_data_source_and_alerts_say_what_is_wrong() -> None:
         summary = rule["annotations"]["summary"]
         _, labels = read(rule["expr"])
         assert set(re.findall(r"\$labels\.(\w+)", summary)) <= labels, rule["alert"]
+
+
+@pytest.mark.parametrize(
+    "name", ["deploy.yaml", "deploy/docker-cpu.yaml", "deploy/docker-gpu.yaml"]
+)
+def test_serve_does_not_log_each_call_beside_the_gateway(name: str) -> None:
+    deploy = yaml.safe_load((ROOT / name).read_text())
+    assert deploy["logging_config"]["enable_access_log"] is False
