@@ -16,7 +16,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from load_tests.null_server import null_server
+from load_tests.null_server import listening, null_server
 from serve_app.api import create_app
 from serve_app.batching import BatchingLimits
 from serve_app.config import load_config
@@ -31,17 +31,10 @@ CONFIG = ROOT / "configs" / "demo-cpu.yaml"
 
 def compare(options: list[str]) -> None:
     """The gateway's application under uvicorn, before a null server that answers at once."""
-    with null_server() as engine:
-        command = [sys.executable, __file__, "gateway", engine]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            try:
-                port = int(process.stdout.readline())
-                targets = ("--gateway", f"http://127.0.0.1:{port}", "--engine", engine)
-                bench = [sys.executable, str(ROOT / "benchmarks" / "gateway.py"), *targets]
-                subprocess.run([*bench, *options], cwd=ROOT, check=True)
-            finally:
-                process.terminate()
+    with null_server() as engine, listening(sys.executable, __file__, "gateway", engine) as url:
+        bench = [sys.executable, str(ROOT / "benchmarks" / "gateway.py")]
+        targets = ["--gateway", url, "--engine", engine]
+        subprocess.run([*bench, *targets, *options], cwd=ROOT, check=True)
 
 
 async def gateway(engine: str) -> None:

@@ -181,15 +181,22 @@ async def _lifespan(receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def null_server(*arguments: str) -> Iterator[str]:
-    """A null server in a process of its own, on a free port; yields its base URL."""
-    command = [sys.executable, "-m", "load_tests.null_server", "--port", "0", *arguments]
+def listening(*command: str) -> Iterator[str]:
+    """Run a server of 127.0.0.1 that prints its port first; yields its base URL."""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield f"http://127.0.0.1:{int(process.stdout.readline())}"
         finally:
             process.terminate()
+
+
+@contextmanager
+def null_server(*arguments: str) -> Iterator[str]:
+    """A null server in a process of its own, on a free port; yields its base URL."""
+    command = (sys.executable, "-m", "load_tests.null_server", "--port", "0", *arguments)
+    with listening(*command) as url:
+        yield url
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -41,7 +41,7 @@ from serve_app.guard import check_body
 from serve_app.keys import ApiKey, KeyRing
 from serve_app.lengths import Estimate, LengthEstimator
 from serve_app.metrics import GatewayMetrics
-from serve_app.pattern import FULL, in_words
+from serve_app.pattern import FULL, LayerRule, in_words
 from serve_app.request import Call, EngineInfo
 from serve_app.router import Answer, Router
 from serve_app.tracing import Tracer, trace_headers
@@ -265,8 +265,8 @@ class Relay(Response):
             (b"x-pool", self._pool.encode("latin-1")),
             (b"cache-control", b"no-cache"),
         ]
-        if any(rule != FULL for rule in answer.engine.rules):
-            headers.append((b"x-attention-plan", in_words(answer.engine.rules).encode()))
+        if plan := _local_plan(answer.engine.rules):
+            headers.append((b"x-attention-plan", plan))
         status = answer.reply.status
         await send({"type": "http.response.start", "status": status, "headers": headers})
         between = self._metrics.time_between_chunks.labels(self._pool)
@@ -303,6 +303,12 @@ class Relay(Response):
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._call.arrived
+
+
+@lru_cache
+def _local_plan(rules: tuple[LayerRule, ...]) -> bytes:
+    """The plan in words, for a header; empty where every layer is full."""
+    return b"" if set(rules) == {FULL} else in_words(rules).encode()
 
 
 async def _ending_in_words(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from itertools import pairwise
 from typing import Any
 
@@ -12,24 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from load_tests import plots
-from load_tests.stream import Record
+from tests.records import some_records
 
 UNITS = ("(ms)", "(s)", "(%)", "(tokens)", "(requests/s)", "tokens/s", "requests/s")
-
-
-def answered(name: str, tokens: int, ttft: float, at: float) -> Record:
-    record = Record(name, at, tokens, "ok", sent=at, ended=at + 1, status=200)
-    record.ttft_ms, record.itl_ms, record.e2e_ms, record.output_tokens = ttft, ttft / 20, 900.0, 32
-    return record
-
-
-def some_records(lengths: dict[str, int], slowest: float) -> list[Record]:
-    rng = random.Random(0)
-    return [
-        answered(name, tokens, rng.uniform(0.1, 1) * slowest * tokens / max(lengths.values()), i)
-        for name, tokens in lengths.items()
-        for i in range(20)
-    ]
 
 
 def assert_readable(plot: Any, data: Any) -> Axes:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,7 @@ import pytest
 from load_tests import report
 from load_tests.stream import Record
 from load_tests.summary import finite, rows, verdict
-
-
-def answered(name: str, tokens: int, ttft: float, at: float) -> Record:
-    record = Record(name, at, tokens, "ok", sent=at, ended=at + 1, status=200)
-    record.ttft_ms, record.itl_ms, record.e2e_ms, record.output_tokens = ttft, ttft / 20, 900.0, 32
-    return record
-
-
-def some_records(lengths: dict[str, int], slowest: float) -> list[Record]:
-    rng = random.Random(0)
-    return [
-        answered(name, tokens, rng.uniform(0.1, 1) * slowest * tokens / max(lengths.values()), i)
-        for name, tokens in lengths.items()
-        for i in range(20)
-    ]
+from tests.records import some_records
 
 
 def write_run(folder: Path, records: list[Record], **changes: Any) -> Path:

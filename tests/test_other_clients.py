@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from load_tests.null_server import ROOT, null_server
+from load_tests.null_server import ROOT, listening, null_server
 from serve_app.demo import model as demo
 
 # `vllm bench serve` without the command line around it, which looks for the name of the GPU build.
@@ -28,13 +28,9 @@ main(parser.parse_args())
 def gateway() -> Iterator[str]:
     """The URL of a gateway whose engine answers after 20 ms, without Ray."""
     with null_server("--ttft-ms", "20", "--itl-ms", "2") as engine:
-        command = [sys.executable, "benchmarks/fake_engine.py", "gateway", engine]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            try:
-                yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-            finally:
-                process.terminate()
+        command = (sys.executable, "benchmarks/fake_engine.py", "gateway", engine)
+        with listening(*command) as url:
+            yield url
 
 
 @pytest.fixture
