@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,10 +150,11 @@ def main() -> None:
     ((pool_name, pool),) = config.pools.items()
     env = os.environ | {"HF_HUB_OFFLINE": "1", **pool.env}
     hops = []
-    with (
-        vllm_serve(config.engine_args_of(pool_name), env) as alone,
-        Session(System("ours", str(path), model=model, door=chosen.door)) as session,
-    ):
+    with ExitStack() as stack:
+        session = Session(System("ours", str(path), model=model, door=chosen.door))
+        stack.callback(session.stop)  # both start at once
+        alone = stack.enter_context(vllm_serve(config.engine_args_of(pool_name), env))
+        session.wait()
         for streams in chosen.streams:
             body = chosen.prompt + 1000
             size = Size(streams, body, chosen.prompt, chosen.output_tokens, chosen.requests)

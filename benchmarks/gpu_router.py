@@ -1,11 +1,12 @@
-"""The gateway and the router on two GPUs, within nine minutes: the hop, then the flood.
+"""The gateway and the router on two GPUs: the hop, the flood, then mixed traffic at several rates.
 
     python -m benchmarks.gpu_router                 # two GPUs, Qwen3-0.6B's shape
     python -m benchmarks.gpu_router --tiny          # any CPU, a tiny shape, short blocks
 
-Starts the systems that ``--floods`` names, each of two engines, side by side on the same GPUs, and
-measures them in turn: the gateway of "pools" against its engine's own port, then each pair under a
-flood of long requests. Prints its tables last.
+Starts the systems that ``--floods`` and ``--systems`` name once, each of two engines, side by side
+on the same GPUs, and measures them in turn: the gateway of "pools" against its engine's own port,
+each pair under a flood of long requests, and all of them at ``--rates`` as ``benchmarks.routers``
+does. Prints its tables last.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import flood, gateway_serve, shape
+from benchmarks import flood, gateway_serve, routers, shape
 from benchmarks.gateway import numbers
 from benchmarks.gateway_serve import Size
-from benchmarks.routers import SYSTEMS
+from benchmarks.routers import SCALES, SYSTEMS
 from benchmarks.session import Session, System
 
 HERE = Path(__file__).resolve().parent
@@ -58,21 +59,29 @@ def arguments() -> argparse.Namespace:
         default=floods("default-steps/steps:1,default-steps/pools:0.3"),
         help=f"A/B:LOAD, commas; names are {', '.join(SYSTEMS)}",
     )
+    parser.add_argument("--systems", default="", help="further ones for --rates, commas")
+    parser.add_argument("--rates", default="", help="requests/s of mixed traffic, commas")
+    parser.add_argument("--rate-seconds", type=int, default=15, help="of each run of --rates")
     parser.add_argument("--short-rate", type=float, default=20.0, help="requests/s")
     parser.add_argument("--long", type=flood.pair, default=(12000, 24000), help="prompt tokens")
     parser.add_argument("--seconds", type=float, default=25.0, help="of arrivals in a block")
     parser.add_argument("--hop-requests", type=int, default=4, help="of each stream in a block")
     parser.add_argument("--streams", type=numbers, default=[32, 128], help="commas; of the hop")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-router"))
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    chosen.systems = [name for name in chosen.systems.split(",") if name]
+    if unknown := set(chosen.systems) - set(SYSTEMS):
+        parser.error(f"{', '.join(unknown)}: systems are {', '.join(SYSTEMS)}")
+    return chosen
 
 
 def systems(chosen: argparse.Namespace) -> dict[str, System]:
-    """Those that the floods name, with the shape's directory as their model."""
+    """Those that were named, with the shape's directory as their model."""
     device = "tiny" if chosen.tiny else "gpu"
     model = chosen.out / f"{device}-shape"
     shape.build(model, shape.TINY if chosen.tiny else shape.QWEN3_06B)
-    named = dict.fromkeys(name for each in chosen.floods for name in (each.b, each.a))
+    flooded = [name for each in chosen.floods for name in (each.b, each.a)]
+    named = dict.fromkeys([*flooded, *chosen.systems])
     return {
         name: System(
             SYSTEMS[name][0],
@@ -105,6 +114,9 @@ def main() -> None:
             print(f"{time.monotonic() - began:.0f} s: flood, {each}", flush=True)
             tables.append(_flood(chosen, sessions[each.a], sessions[each.b], each))
             print(tables[-1], flush=True)
+        if chosen.rates:
+            print(f"{time.monotonic() - began:.0f} s: mixed traffic", flush=True)
+            tables.append(_mixed(chosen, sessions))
         print(f"{time.monotonic() - began:.0f} s: done\n")
         print("\n\n".join(tables), flush=True)
 
@@ -134,6 +146,20 @@ def _flood(chosen: argparse.Namespace, a: Session, b: Session, between: Flood) -
     )
     title = f"Flood: A is {between.a}, B is {between.b}"
     return f"{title}\n\n{flood.run(options, {'A': a, 'B': b}, 'bench')}"
+
+
+def _mixed(chosen: argparse.Namespace, sessions: dict[str, Session]) -> str:
+    scale = SCALES["cpu" if chosen.tiny else "gpu"]
+    options = argparse.Namespace(
+        systems=list(sessions),
+        rates=chosen.rates.split(","),
+        rounds=1,
+        mix=scale.mix,
+        seconds=chosen.rate_seconds,
+        out=chosen.out,
+    )
+    runs = routers.measure(options, sessions)
+    return f"Mixed traffic, {scale.mix}\n\n{routers.table(runs, scale.mix)}"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Many GPUs of one host: tensor parallel, replicas behind the router, two pools, a killed replica.
+"""Many GPUs of one host: replicas behind the router, a killed one, tensor parallel, two pools.
 
     python -m benchmarks.scaling                                  # every GPU there is, all parts
     python -m benchmarks.scaling --parts tensor --shapes 70b --sizes 2,4
     python -m benchmarks.scaling --tiny --sizes 1,2               # any CPU, a tiny shape
 
-Parts, each with sessions of its own and a Markdown table:
+Parts; a session is started once for all that is measured on it:
 
-- ``tensor``: one engine over 1, 2, 4 ... GPUs: a lone request, and many streams.
 - ``replicas``: 1, 2, 4 ... engines of one GPU each, as many streams on each, and what the gateways
-  take of a core for 1,000 tokens/s.
+  take of a core for 1,000 tokens/s. On the first, the tensor parallel table's line for one GPU. On
+  the last, one is killed under load: what was lost, and how long until it was replaced.
+- ``tensor``: one engine over 2, 4 ... GPUs: a lone request, and many streams.
 - ``pools``: short requests on engines of one GPU beside long ones on an engine of two, which has
   another attention plan.
-- ``kill``: the engines of the largest size under load, one killed: what was lost, and how long
-  until it was replaced.
 
 Weights are random. Clients are processes of their own, one an engine, and go through the gateways'
 port, of which there is one an engine too.
@@ -162,6 +161,12 @@ class Host:
     gpu_gib: float
     shapes: list[str]  # the first one is that of all parts but tensor
     kill_requests: int  # of each stream
+    rows: dict[str, list[Sequence[str]]] = field(default_factory=dict)  # by table
+
+    def add(self, name: str, *cells: str) -> None:
+        """Keep a line of the table ``name``, and show it."""
+        self.rows.setdefault(name, []).append(cells)
+        print(table(HEADS[name], [cells]), flush=True)
 
     @contextmanager
     def serve(
@@ -204,58 +209,57 @@ class Host:
         return self.tiny or SHAPES[name].gib < 0.8 * gpus * self.gpu_gib
 
 
-def tensor(host: Host) -> str:
-    rows = []
+def replicas(host: Host) -> None:
+    for size in host.sizes:
+        pools = {"all": _pool(replicas=size)}
+        with host.serve(host.shapes[0], pools, gateways=size) as session:
+            drive_all(session.url, [host.load(8, 512, 16, 1)] * size)  # warm-up
+            if size == 1:
+                _lone_and_many(host, session, host.shapes[0], 1)
+            before = session.cpu_s()
+            driven = drive_all(session.url, [host.load(64, 512, 256)] * size)
+            used = session.cpu_s() - before
+            host.add(
+                "replicas",
+                str(size),
+                f"{driven.tokens_per_s:,.0f}",
+                f"{middle(driven.ttft_ms):.0f}",
+                f"{middle(driven.itl_ms):.2f}",
+                f"{1e3 * used / driven.tokens:.2f}",
+                *_client(driven),
+            )
+            if size == max(host.sizes) > 1:
+                _kill(host, session, size)
+
+
+def tensor(host: Host) -> None:
     for name in host.shapes:
         for size in host.sizes:
+            if size == 1 and name == host.shapes[0]:
+                continue  # measured with the replicas
             if not host.fits(name, size):
                 print(f"{name} does not fit {size} GPUs of {host.gpu_gib:.0f} GiB")
                 continue
             with host.serve(name, {"all": _pool(tensor_parallel_size=size)}) as session:
                 drive_all(session.url, [host.load(8, 512, 16, 1)])  # warm-up
-                lone = drive_all(session.url, [host.load(1, 4096, 128)])
-                many = drive_all(session.url, [host.load(64, 1024, 256, 3)])
-            rows.append(
-                [
-                    name,
-                    str(size),
-                    f"{middle(lone.ttft_ms):.0f}",
-                    f"{middle(lone.itl_ms):.2f}",
-                    f"{many.tokens_per_s:,.0f}",
-                    *_client(many),
-                ]
-            )
-            print(table(TENSOR_HEADS, rows[-1:]), flush=True)
-    return table(TENSOR_HEADS, rows)
+                _lone_and_many(host, session, name, size)
 
 
-def replicas(host: Host) -> str:
-    rows: list[list[str]] = []
-    first = 0.0
-    for size in host.sizes:
-        pools = {"all": _pool(replicas=size)}
-        with host.serve(host.shapes[0], pools, gateways=size) as session:
-            drive_all(session.url, [host.load(8, 512, 16, 1)] * size)  # warm-up
-            before = session.cpu_s()
-            driven = drive_all(session.url, [host.load(64, 512, 256)] * size)
-            used = session.cpu_s() - before
-        first = first or driven.tokens_per_s
-        rows.append(
-            [
-                str(size),
-                f"{driven.tokens_per_s:,.0f}",
-                f"{driven.tokens_per_s / first:.2f}",
-                f"{middle(driven.ttft_ms):.0f}",
-                f"{middle(driven.itl_ms):.2f}",
-                f"{1e3 * used / driven.tokens:.2f}",
-                *_client(driven),
-            ]
-        )
-        print(table(REPLICA_HEADS, rows[-1:]), flush=True)
-    return table(REPLICA_HEADS, rows)
+def _lone_and_many(host: Host, session: Session, name: str, gpus: int) -> None:
+    lone = drive_all(session.url, [host.load(1, 4096, 128)])
+    many = drive_all(session.url, [host.load(64, 1024, 256, 3)])
+    host.add(
+        "tensor",
+        name,
+        str(gpus),
+        f"{middle(lone.ttft_ms):.0f}",
+        f"{middle(lone.itl_ms):.2f}",
+        f"{many.tokens_per_s:,.0f}",
+        *_client(many),
+    )
 
 
-def pools(host: Host) -> str:
+def pools(host: Host) -> None:
     plan = {"sliding_window": 64 if host.tiny else 4096, "full_attention_every": 4}
     two = {
         "short": _pool(max_model_len=1024 if host.tiny else 4096),
@@ -263,40 +267,35 @@ def pools(host: Host) -> str:
     }
     short = host.load(64, 512, 256)
     long = Load(2, 2, 1500, 16) if host.tiny else Load(8, 4, 20_000, 256)
-    rows = []
     with host.serve(host.shapes[0], two) as session:
         drive_all(session.url, [short, long])  # warm-up
         for name, loads in (("alone", [short]), ("alone", [long]), ("together", [short, long])):
             with clients(session.url, loads) as running:
                 for load, future in zip(loads, running, strict=True):
                     driven = future.result()
-                    rows.append(
-                        [
-                            "short" if load is short else "long",
-                            name,
-                            f"{middle(driven.ttft_ms):.0f}",
-                            f"{middle(driven.itl_ms):.2f}",
-                            f"{driven.tokens_per_s:,.0f}",
-                            *_client(driven),
-                        ]
+                    host.add(
+                        "pools",
+                        "short" if load is short else "long",
+                        name,
+                        f"{middle(driven.ttft_ms):.0f}",
+                        f"{middle(driven.itl_ms):.2f}",
+                        f"{driven.tokens_per_s:,.0f}",
+                        *_client(driven),
                     )
-    return table(POOL_HEADS, rows)
 
 
-def kill(host: Host) -> str:
-    size = max(2, *host.sizes)
-    pools = {"all": _pool(replicas=size)}
-    with host.serve(host.shapes[0], pools, gateways=size) as session:
-        drive_all(session.url, [host.load(8, 512, 16, 1)] * size)  # warm-up
-        loads = [host.load(32, 512, 256, host.kill_requests)] * size
-        with clients(session.url, loads) as running:
-            time.sleep(IMPORT_S + 3)
-            os.kill(session.replicas("engine")[0], signal.SIGKILL)
-            killed = time.monotonic()
-            seen = _until(session.url, lambda engines: engines < size) - killed
-            replaced = _until(session.url, lambda engines: engines == size) - killed
-            driven = total(future.result() for future in running)
-    row = [
+def _kill(host: Host, session: Session, size: int) -> None:
+    """Kill one of the engines under load. Raises where it is not replaced in time."""
+    loads = [host.load(32, 512, 256, host.kill_requests)] * size
+    with clients(session.url, loads) as running:
+        time.sleep(IMPORT_S + 3)
+        os.kill(session.replicas("engine")[0], signal.SIGKILL)
+        killed = time.monotonic()
+        seen = _until(session.url, lambda engines: engines < size) - killed
+        replaced = _until(session.url, lambda engines: engines == size) - killed
+        driven = total(future.result() for future in running)
+    host.add(
+        "kill",
         str(size),
         str(len(driven.ttft_ms) + driven.lost),
         str(driven.cut),
@@ -304,44 +303,43 @@ def kill(host: Host) -> str:
         f"{seen:.1f}",
         f"{replaced:.1f}",
         "yes" if driven.ended > killed + replaced else "no",
-    ]
-    return table(KILL_HEADS, [row])
+    )
 
 
-TENSOR_HEADS = (
-    "shape",
-    "GPUs",
-    "lone TTFT p50 ms",
-    "lone ms a token",
-    "64 streams, tokens/s",
-    "failed",
-    "client CPU",
-)
-REPLICA_HEADS = (
-    "engines",
-    "tokens/s",
-    "x of the first",
-    "TTFT p50 ms",
-    "ms a token",
-    "gateways' CPU s per 1,000 tokens",
-    "failed",
-    "client CPU",
-)
-POOL_HEADS = ("pool", "", "TTFT p50 ms", "ms a token", "tokens/s", "failed", "client CPU")
-KILL_HEADS = (
-    "engines",
-    "requests",
-    "cut after their first token",
-    "lost before it",
-    "seen after s",
-    "replaced after s",
-    "under load until then",
-)
-PARTS: dict[str, Callable[[Host], str]] = {
-    "tensor": tensor,
+HEADS = {
+    "tensor": (
+        "shape",
+        "GPUs",
+        "lone TTFT p50 ms",
+        "lone ms a token",
+        "64 streams, tokens/s",
+        "failed",
+        "client CPU",
+    ),
+    "replicas": (
+        "engines",
+        "tokens/s",
+        "TTFT p50 ms",
+        "ms a token",
+        "gateways' CPU s per 1,000 tokens",
+        "failed",
+        "client CPU",
+    ),
+    "pools": ("pool", "", "TTFT p50 ms", "ms a token", "tokens/s", "failed", "client CPU"),
+    "kill": (
+        "engines",
+        "requests",
+        "cut after their first token",
+        "lost before it",
+        "seen after s",
+        "replaced after s",
+        "under load until then",
+    ),
+}
+PARTS: dict[str, Callable[[Host], None]] = {
     "replicas": replicas,
+    "tensor": tensor,
     "pools": pools,
-    "kill": kill,
 }
 
 
@@ -405,12 +403,12 @@ def main() -> None:
     shapes = ["tiny"] if chosen.tiny else chosen.shapes
     gpu_gib = min(memory, default=0.0)
     host = Host(chosen.out, chosen.tiny, sizes, gpu_gib, shapes, chosen.kill_requests)
-    tables = []
     for part in chosen.parts.split(","):
         began = time.monotonic()
-        tables.append(f"{part}\n\n{PARTS[part](host)}")
-        print(f"{tables[-1]}\n({time.monotonic() - began:.0f} s)\n", flush=True)
-    print("\n\n".join(tables), flush=True)
+        PARTS[part](host)
+        print(f"({part}: {time.monotonic() - began:.0f} s)\n", flush=True)
+    for name, rows in host.rows.items():
+        print(f"\n{name}\n\n{table(HEADS[name], rows)}", flush=True)
 
 
 if __name__ == "__main__":
