@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from serve_app import advice, client, simulate
+from serve_app import advice, client, quality, simulate
 from serve_app.errors import ServeAppError
 
 if TYPE_CHECKING:
@@ -214,6 +214,7 @@ def _local_attention(
 
 app.command("check")(_one_line_errors(advice.check_command))
 app.command("plan")(_one_line_errors(advice.plan_command))
+app.command("quality")(_one_line_errors(quality.quality_command))
 app.command("simulate")(_one_line_errors(simulate.simulate_command))
 
 

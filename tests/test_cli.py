@@ -121,7 +121,7 @@ def test_help_imports_nothing_heavy() -> None:
         "print([name for name in ('vllm', 'torch', 'ray', 'httpx') if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("demo-model", "serve", "offline", "client"):
+    for command in ("demo-model", "serve", "offline", "client", "quality"):
         assert command in shown.stdout
     assert shown.stdout.splitlines()[-1] == "[]"
 

@@ -24,10 +24,22 @@ LAYERS: list[set[str]] = [
         "port",
         "tracing",
     },
-    {"balance", "batching", "lengths", "capacity", "placement"},
+    {"balance", "batching", "lengths", "capacity", "placement", "quality_grid", "quality_verdict"},
     {"router", "upstream", "autoscaling", "simulator"},
     {"api", "engine"},
-    {"deployments", "model_config", "advice", "preflight", "simulate", "client", "cli"},
+    {
+        "deployments",
+        "model_config",
+        "advice",
+        "preflight",
+        "simulate",
+        "client",
+        "quality",
+        "quality_picture",
+        "quality_results",
+        "quality_run",
+        "cli",
+    },
 ]
 WITHIN_LAYER = {
     "config": {"errors", "pattern", "guard"},
@@ -39,7 +51,10 @@ WITHIN_LAYER = {
     "batching": {"balance"},
     "advice": {"model_config"},
     "simulator": {"autoscaling"},
-    "cli": {"advice", "client", "preflight", "simulate"},
+    "quality_verdict": {"quality_grid"},
+    "quality_run": {"quality_results"},
+    "quality": {"advice", "model_config", "preflight", "quality_picture", "quality_results"},
+    "cli": {"advice", "client", "preflight", "quality", "simulate"},
     "engine": {"local_attention"},  # to say which plan is in force
 }
 ASIDE = {
