@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -66,9 +67,13 @@ class EnginePort:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that is free, and that no connection takes before it is used: below those that the
+    kernel gives out by itself (32,768 and above)."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(10_000, 32_768)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Session:
