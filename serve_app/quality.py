@@ -102,7 +102,7 @@ def quality_command(
     shape = engine_shape(config, {**args, "max_model_len": longest})
     _check_kv_cache_dtype(shape)
     text = _text(dataset)
-    directory = [Path(model).resolve()] if Path(model).is_dir() else []
+    directory = [Path(model).absolute()] if Path(model).is_dir() else []
     job = Job(
         model=str(directory[0]) if directory else model,
         made=digest_of(*directory, *([text] if text else [])),

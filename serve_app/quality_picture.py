@@ -97,7 +97,7 @@ def _draw_rises(axes: Axes, rows: Sequence[Row]) -> None:
     axes.imshow(shares, vmin=0, vmax=_STRONGEST_RISE, cmap="Oranges", aspect="auto")
     for y, row in enumerate(rows):
         for x, rise in enumerate(row.rises):
-            said = f"{rise.perplexity:.3g}" if row is full else f"{round(100 * rise.rise):+d}"
+            said = _short(rise.perplexity) if row is full else f"{round(100 * rise.rise):+d}"
             color = "white" if rise.rise > _DARK * _STRONGEST_RISE else "black"
             axes.text(x, y, said, ha="center", va="center", color=color)
     axes.set_xticks(
@@ -105,6 +105,10 @@ def _draw_rises(axes: Axes, rows: Sequence[Row]) -> None:
     )
     axes.set_xlabel("distance from the start (tokens)")
     _name_rows(axes, rows, f"Perplexity of {full.name}, and the rise over it (%)")
+
+
+def _short(number: float) -> str:
+    return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 
 def _draw_cost(axes: Axes, verdict: Verdict) -> None:

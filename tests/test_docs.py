@@ -56,7 +56,7 @@ def test_both_guides_have_the_same_sections_commands_and_tables() -> None:
         assert counts[0] == counts[1], pattern
     shown = [re.findall(r"^```\n\$ .*?^```", g, re.MULTILINE | re.DOTALL) for g in GUIDES]
     assert shown[0] == shown[1]
-    assert len(shown[0]) == 4
+    assert len(shown[0]) == 5
     assert re.findall(r"^\s*local-attention .*", english, re.MULTILINE) == re.findall(
         r"^\s*local-attention .*", chinese, re.MULTILINE
     )
