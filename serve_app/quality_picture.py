@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from serve_app.quality_verdict import Row, Verdict
@@ -35,16 +36,19 @@ def table(verdict: Verdict, longest: int) -> Table:
     """A row for each plan."""
     reference = verdict.rows[0].name
     shown = Table(
-        "plan",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # so that it fits 80 columns
+        pad_edge=False,
         title=f"Quality against {reference}, sequences up to {longest:,} tokens",
         title_justify="left",
     )
-    for name in ("perplexity", "worst rise", "found", "agreement", "KV cache", "decode"):
-        shown.add_column(name, justify="right")
+    shown.add_column("plan", no_wrap=True)
+    for name in ("perplexity", "worst rise", "found", "agrees", "KV cache", "decode"):
+        shown.add_column(name, justify="right", no_wrap=" " not in name)
     for row in verdict.rows:
         shown.add_row(
             row.name,
-            f"{row.perplexity:.3f}",
+            f"{row.perplexity:,.2f}",
             f"{row.worst_rise:+.1%}",
             f"{row.found:.0%}",
             f"{row.agreement:.0%}",

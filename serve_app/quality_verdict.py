@@ -55,7 +55,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Rows, the dearest KV cache first; the cheapest plan within ``loss``, or None; and why."""
+    """Rows, the reference first and then the dearest KV cache; names of those within ``loss``; the
+    cheapest of them that saves something, or None; and a sentence on it.
+    """
 
     rows: tuple[Row, ...]
     loss: float
@@ -96,8 +98,9 @@ def judge(
         if name in results
     ]
     full, *local = rows
-    within = [row for row in local if row.worst_rise <= loss and full.found - row.found <= loss]
-    best = min(within, key=lambda row: (row.kv_bytes, row.worst_rise), default=None)
+    within = [row for row in local if _lost(row, full) <= loss]
+    cheaper = [row for row in within if row.kv_bytes < full.kv_bytes]
+    best = min(cheaper, key=lambda row: (row.kv_bytes, row.worst_rise), default=None)
     return Verdict(
         rows=(full, *sorted(local, key=lambda row: -row.kv_bytes)),
         loss=loss,
@@ -172,14 +175,22 @@ def _sentence(full: Row, local: Sequence[Row], best: Row | None, loss: float) ->
             f"The cheapest plan within {limit} is {best.name}: {full.kv_bytes / best.kv_bytes:.1f} "
             f"x less KV cache, {_losses(best, full)}."
         )
+    cheaper = [row for row in local if row.kv_bytes < full.kv_bytes]
     if not local:
         return "No local plan was measured."
-    nearest = min(local, key=lambda row: max(row.worst_rise, full.found - row.found))
+    if not cheaper:
+        return "No plan has a smaller KV cache than the model as it is."
+    nearest = min(cheaper, key=lambda row: (_lost(row, full), row.worst_rise))
     return (
         f"No plan stays within {limit}; the nearest is {nearest.name}, {_losses(nearest, full)}. "
-        "Keep full attention, widen the windows, leave more layers full, or fine-tune the model "
-        "with the plan."
+        "Keep the model as it is, widen the windows, leave more layers full, or fine-tune the "
+        "model with the plan."
     )
+
+
+def _lost(row: Row, full: Row) -> float:
+    """The share that decides: of perplexity or of answers, whichever is the larger."""
+    return max(row.worst_rise, full.found - row.found)
 
 
 def _losses(row: Row, full: Row) -> str:

@@ -16,7 +16,7 @@ from tests.test_quality_verdict import RESULTS, result, verdict
 
 def test_the_table_has_a_line_for_each_plan() -> None:
     output = io.StringIO()
-    Console(width=100, file=output).print(table(verdict(), 1024))
+    Console(width=80, file=output).print(table(verdict(), 1024))
     text = output.getvalue()
     assert all(name in text for name in RESULTS)
     assert "+22.1%" in text

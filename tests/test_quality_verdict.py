@@ -103,6 +103,15 @@ def test_where_no_plan_is_good_enough_it_says_so_and_names_the_nearest() -> None
     assert alone.sentence == "No local plan was measured."
 
 
+def test_a_plan_that_saves_nothing_is_not_recommended() -> None:
+    own = judge(PLANS, RESULTS, {**KV_BYTES, "full": 300}, 0.05, 1024)
+    assert own.within == {"window 256, 1/4 full"}
+    assert own.recommended is None
+    assert "the nearest is window 256," in own.sentence
+    small = judge(PLANS, RESULTS, {**KV_BYTES, "full": 200}, 0.05, 1024)
+    assert small.sentence == "No plan has a smaller KV cache than the model as it is."
+
+
 def test_a_model_that_finds_nothing_is_not_judged_by_retrieval() -> None:
     lost = result((1.0, 1.0), (False, False, False, True), 7)
     (warning,) = verdict(full=lost).warnings
