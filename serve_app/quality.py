@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from serve_app.advice import engine_shape
 from serve_app.capacity import EngineShape, kv_bytes, kv_dtype_bytes
@@ -44,7 +41,7 @@ from serve_app.quality_grid import (
     numbers,
 )
 from serve_app.quality_picture import NOTATION, draw, table
-from serve_app.quality_results import STEPS, Kept, digest_of, measure
+from serve_app.quality_results import Kept, digest_of, measure_all
 from serve_app.quality_verdict import judge
 
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -65,14 +62,23 @@ def quality_command(
         ),
     ] = "needle",
     windows: Annotated[
-        str, typer.Option(help="Sliding windows in tokens; full attention is always measured.")
+        str,
+        typer.Option(
+            help="Sliding windows in tokens; full attention is always measured.", metavar="N,N,..."
+        ),
     ] = "256,512,1024,full",
-    chunks: Annotated[str | None, typer.Option(help="Chunks in tokens, such as 256,1k.")] = None,
+    chunks: Annotated[
+        str | None, typer.Option(help="Chunks in tokens, such as 256,1k.", metavar="N,N,...")
+    ] = None,
     sinks: Annotated[
-        str, typer.Option(help="First tokens that stay visible, for each window.")
+        str,
+        typer.Option(help="First tokens that stay visible, for each window.", metavar="N,N,..."),
     ] = "0,64",
     full_every: Annotated[
-        str, typer.Option(help="Every n-th layer sees all, for each window and chunk; 0: none.")
+        str,
+        typer.Option(
+            help="Every n-th layer sees all, for each window and chunk; 0: none.", metavar="N,N,..."
+        ),
     ] = "0,4",
     max_model_len: Annotated[
         int | None,
@@ -82,7 +88,10 @@ def quality_command(
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Contexts to hide facts in; by default four up to the longest."),
+        typer.Option(
+            help="Contexts to hide facts in, in tokens; by default four up to the longest.",
+            metavar="N,N,...",
+        ),
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="At each length and depth.")] = 2,
     sequences: Annotated[int, typer.Option(min=1, help="Stretches of text.")] = 2,
@@ -95,7 +104,22 @@ def quality_command(
         Path, typer.Option(help="Results, which the same command goes on from, and the picture.")
     ] = Path("runs/quality"),
 ) -> None:
-    """Measure what windows, sinks and full layers cost in quality, and recommend a plan."""
+    """Measure what windows, sinks and full layers cost in quality, and recommend a plan.
+
+    Each plan runs on a vLLM engine of its own, which measures:
+
+    - the perplexity of a text by distance from its start;
+
+    - facts found in contexts, by length and depth;
+
+    - how far greedy output agrees with full attention's;
+
+    - the time of a decoded token, beside the size of the KV cache.
+
+    A table is printed; figures and a picture go to --out.
+
+    A run that was cut off goes on with the same command.
+    """
     args = {**_ENGINE_ARGS, **_engine_args(engine_args)}
     config = read_model_config(model).overridden(args.get("hf_overrides") or {})
     longest = _longest(config, max_model_len)
@@ -130,7 +154,7 @@ def quality_command(
     for line in grid.left_out:
         notes.print(line, markup=False)
     _refuse(kept, grid, config)
-    failed = _measure_all(job, grid, kept, notes)
+    failed = measure_all(job, grid.plans, kept, notes)
     _report(grid, kept, config, shape, loss, out)
     if failed:
         raise ServeAppError(f"{len(failed)} of {len(grid.plans)} plans failed. {' '.join(failed)}")
@@ -207,56 +231,6 @@ def _refuse(kept: Kept, grid: Grid, config: ModelConfig) -> None:
             said.add(str(error))
     if local and all(name in kept.refused for name in local):
         raise LocalAttentionError(" ".join(sorted(said)))
-
-
-# Running
-
-
-def _measure_all(job: Job, grid: Grid, kept: Kept, notes: Console) -> list[str]:
-    """Measure the plans that are missing; returns a sentence for each that failed."""
-    missing = list(kept.missing(grid.plans))
-    done = len(grid.plans) - len(missing)
-    if done:
-        notes.print(f"{done} of {len(grid.plans)} plans are in {kept.path} already.", markup=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    failed = []
-    try:
-        with Progress(*columns, TimeElapsedColumn(), console=notes, transient=True) as bar:
-            task = bar.add_task("", total=len(grid.plans) * len(STEPS))
-            for number, (name, pattern) in enumerate(missing, done):
-
-                def begin(step: str, name: str = name, number: int = number) -> None:
-                    completed = number * len(STEPS) + STEPS.index(step)
-                    bar.update(task, description=f"{name}: {step}", completed=completed)
-
-                try:
-                    line = _measure(dataclasses.replace(job, pattern=pattern), name, kept, begin)
-                except ServeAppError as error:
-                    if pattern is None:
-                        raise  # nothing can be judged without the reference
-                    failed.append(str(error))
-                    line = f"{name}: failed"
-                notes.print(line, markup=False)
-    except KeyboardInterrupt:
-        notes.print("Stopped; the same command goes on from here.")
-        raise typer.Exit(130) from None
-    return failed
-
-
-def _measure(job: Job, name: str, kept: Kept, begin: Callable[[str], None]) -> str:
-    """Measure one plan, keep what came of it, and say so."""
-    started = time.monotonic()
-    result = measure(job, name, kept.path.parent, begin)
-    if isinstance(result, str):
-        if job.pattern is None:
-            raise ConfigError(result)
-        kept.refused[name] = result
-        line = f"{name}: refused. {result}"
-    else:
-        kept.results[name] = result
-        line = f"{name}: {time.monotonic() - started:.0f} s"
-    kept.save()
-    return line
 
 
 # Reporting

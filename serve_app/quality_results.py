@@ -10,10 +10,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.local_attention.plan import CHUNK_VARIABLE
@@ -95,6 +100,58 @@ def digest_of(*paths: Path) -> str:
             status = file.stat()
             digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def measure_all(
+    job: Job, plans: Mapping[str, Pattern | None], kept: Kept, notes: Console
+) -> list[str]:
+    """Measure the plans that are missing; returns a sentence for each that failed.
+
+    ``notes`` shows progress. Raises where the reference fails, and exits with 130 after Ctrl-C.
+    """
+    missing = list(kept.missing(plans))
+    done = len(plans) - len(missing)
+    if done:
+        notes.print(f"{done} of {len(plans)} plans are in {kept.path} already.", markup=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    failed = []
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=notes, transient=True) as bar:
+            task = bar.add_task("", total=len(plans) * len(STEPS))
+            for number, (name, pattern) in enumerate(missing, done):
+
+                def begin(step: str, name: str = name, number: int = number) -> None:
+                    completed = number * len(STEPS) + STEPS.index(step)
+                    bar.update(task, description=f"{name}: {step}", completed=completed)
+
+                try:
+                    line = _measure(dataclasses.replace(job, pattern=pattern), name, kept, begin)
+                except ServeAppError as error:
+                    if pattern is None:
+                        raise  # nothing can be judged without the reference
+                    failed.append(str(error))
+                    line = f"{name}: failed"
+                notes.print(line, markup=False)
+    except KeyboardInterrupt:
+        notes.print("Stopped; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    return failed
+
+
+def _measure(job: Job, name: str, kept: Kept, begin: Callable[[str], None]) -> str:
+    """Measure one plan, keep what came of it, and say so."""
+    started = time.monotonic()
+    result = measure(job, name, kept.path.parent, begin)
+    if isinstance(result, str):
+        if job.pattern is None:
+            raise ConfigError(result)
+        kept.refused[name] = result
+        line = f"{name}: refused. {result}"
+    else:
+        kept.results[name] = result
+        line = f"{name}: {time.monotonic() - started:.0f} s"
+    kept.save()
+    return line
 
 
 def measure(job: Job, name: str, out: Path, begin: Callable[[str], None]) -> Result | str:
