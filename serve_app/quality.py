@@ -123,8 +123,7 @@ def quality_command(
     args = {**_ENGINE_ARGS, **_engine_args(engine_args)}
     config = read_model_config(model).overridden(args.get("hf_overrides") or {})
     longest = _longest(config, max_model_len)
-    shape = engine_shape(config, {**args, "max_model_len": longest})
-    _check_kv_cache_dtype(shape)
+    shape = _engine_shape(config, {**args, "max_model_len": longest})
     text = _text(dataset)
     directory = [Path(model).absolute()] if Path(model).is_dir() else []
     job = Job(
@@ -187,11 +186,13 @@ def _engine_args(text: str) -> dict[str, Any]:
     return value
 
 
-def _check_kv_cache_dtype(shape: EngineShape) -> None:
+def _engine_shape(config: ModelConfig, args: dict[str, Any]) -> EngineShape:
     try:
+        shape = engine_shape(config, args)
         kv_dtype_bytes(shape.kv_cache_dtype)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--engine-args: {error}") from error
+    return shape
 
 
 def _text(dataset: str) -> Path | None:

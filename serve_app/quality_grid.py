@@ -107,14 +107,18 @@ def make_grid(
     plans: dict[str, Pattern | None] = {reference: None}
     left_out = []
     for every in sorted({n for n in full_every if n == 1 or n > layers}):
-        why = "leaves every layer full" if every == 1 else f"leaves none of {layers} layers full"
-        left_out.append(f"--full-every {every} {why}, which other plans do; left out.")
+        what = (
+            "every layer full: that is full attention"
+            if every == 1
+            else (f"none of {layers} layers full, as 0 does")
+        )
+        left_out.append(f"--full-every {every} leaves {what}; left out.")
     periods = [n for n in full_every if n == 0 or 1 < n <= layers]
     for key, span in _spans(windows, chunks):
         if span >= longest:
             left_out.append(
-                f"{key} {span} holds all {longest} tokens of the longest sequence, as full "
-                "attention does; left out."
+                f"{key} {span} holds all {longest} tokens of the longest sequence: that is full "
+                "attention; left out."
             )
             continue
         for first in sinks if key == "sliding_window" else (0,):

@@ -112,6 +112,8 @@ def _draw_rises(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _short(number: float) -> str:
+    if number >= 10_000:
+        return f"{number / 1000:,.0f}k"
     return f"{number:.1f}" if number < 100 else f"{number:,.0f}"
 
 

@@ -18,6 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from serve_app.config import explain
 from serve_app.demo.needles import Generator, Prompt
 from serve_app.errors import ConfigError, LocalAttentionError
 from serve_app.pattern import LocalAttention
@@ -214,12 +217,12 @@ def _generate(llm: Any, prompts: Sequence[list[int]], params: Any) -> list[Any]:
 
 
 def _refusal(error: BaseException | None) -> str | None:
-    """What this package said, where an error or one that it came from is its own.
+    """Why an engine cannot be configured so, if that is what an error came from.
 
-    pydantic, which validates vLLM's configuration, keeps the error of a validator in a dictionary.
+    What this package says comes first. pydantic, which validates vLLM's configuration, keeps the
+    error of a validator in a dictionary.
     """
-    from pydantic import ValidationError
-
+    refused = None
     while error is not None:
         if isinstance(error, ConfigError):
             return str(error)
@@ -227,8 +230,9 @@ def _refusal(error: BaseException | None) -> str | None:
             for item in error.errors():
                 if said := _refusal(item.get("ctx", {}).get("error")):
                     return said
+            refused = explain(error).removeprefix("the file: ")
         error = error.__cause__ or error.__context__
-    return None
+    return refused
 
 
 def main(result: str) -> None:

@@ -49,7 +49,8 @@ def refusal(*args: str) -> str:
         ("--engine-args", "[]", "must be a JSON object"),
         ("--engine-args", '{"max_model_len": 9}', "give it by --max-model-len"),
         ("--engine-args", '{"kv_cache_dtype": "int3"}', "kv_cache_dtype is 'int3'"),
-        ("--engine-args", '{"block_sise": 32}', "block_sise"),
+        ("--engine-args", '{"max_num_seqs": "many"}', "invalid literal for int"),
+        ("--engine-args", '{"block_sise": 32}', "Did you mean block_size?"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_sentence(

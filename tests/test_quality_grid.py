@@ -62,7 +62,7 @@ def test_plans_that_are_full_attention_are_left_out_with_a_sentence() -> None:
     assert list(made.plans) == ["full", "window 256"]
     assert len(made.left_out) == 3
     assert made.left_out[0].startswith("--full-every 1 leaves every layer full")
-    assert made.left_out[1].startswith("--full-every 9 leaves none of 8 layers full")
+    assert made.left_out[1].startswith("--full-every 9 leaves none of 8 layers full, as 0 does;")
     assert made.left_out[2].startswith("sliding_window 4096 holds all 4096 tokens")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -68,10 +67,10 @@ def test_an_engine_that_fails_is_one_sentence_with_its_last_words_and_its_log(
     tmp_path: Path,
 ) -> None:
     begun: list[str] = []
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
-    with pytest.raises(ServeAppError, match=r"engine of full ended with code 1; \S+full\.log: \S"):
-        measure(dataclasses.replace(JOB, model=str(broken)), "full", tmp_path, begun.append)
+    job = dataclasses.replace(JOB, engine_args={"unheard_of": 1})
+    with pytest.raises(
+        ServeAppError, match=r"full ended with code 1; \S+full\.log: TypeError: .*of"
+    ):
+        measure(job, "full", tmp_path, begun.append)
     assert begun == ["loading"]
     assert "Traceback" in (tmp_path / "full.log").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from serve_app.demo import model as demo
 from serve_app.demo.needles import Generator, Needle, Prompt
@@ -68,6 +68,10 @@ def test_generated_text_is_long_enough_and_the_same_each_time(tokenizer: Any) ->
     assert [len(text) for text in first] == [1023]
 
 
+class Prefilled(BaseModel):
+    tokens: int = Field(gt=0)
+
+
 def test_a_refusal_is_found_inside_the_errors_that_vllm_makes_of_it() -> None:
     class Config(BaseModel):
         @model_validator(mode="after")
@@ -80,4 +84,7 @@ def test_a_refusal_is_found_inside_the_errors_that_vllm_makes_of_it() -> None:
         outer = RuntimeError("failed")
         outer.__cause__ = inner
     assert _refusal(outer) == "No."
+    with pytest.raises(ValidationError) as raised:
+        Prefilled(tokens=0)
+    assert _refusal(raised.value) == "The key tokens is 0, but input should be greater than 0."
     assert _refusal(RuntimeError("out of memory")) is None
