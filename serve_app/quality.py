@@ -128,7 +128,7 @@ def quality_command(
     directory = [Path(model).absolute()] if Path(model).is_dir() else []
     job = Job(
         model=str(directory[0]) if directory else model,
-        made=digest_of(*directory, *([text] if text else [])),
+        files=digest_of(*directory, *([text] if text else [])),
         pattern=None,
         max_model_len=longest,
         lengths=context_lengths(lengths, longest),
@@ -247,7 +247,14 @@ def _report(
         for name, pattern in grid.plans.items()
         if (result := kept.results.get(name))
     }
-    verdict = judge(grid.plans, kept.results, sizes, loss, shape.max_model_len)
+    verdict = judge(
+        grid.plans,
+        kept.results,
+        sizes,
+        loss=loss,
+        longest=shape.max_model_len,
+        vocabulary=config.shape.vocab,
+    )
     console = Console(highlight=False)
     console.print(table(verdict, shape.max_model_len))
     refused = {name: why for name, why in kept.refused.items() if name in grid.plans}

@@ -34,11 +34,11 @@ Pattern = dict[str, Any]
 class Job:
     """What one engine is to measure; lengths are tokens. ``text`` is a file, or generated.
 
-    ``made`` tells the model's and the text's files from others of the same name.
+    ``files`` tells the model's and the text's files from others of the same name.
     """
 
     model: str
-    made: str
+    files: str
     pattern: Pattern | None
     max_model_len: int
     lengths: tuple[int, ...]

@@ -58,7 +58,8 @@ class Kept:
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no file of this command; name another --out.") from error
-        if changed := [key for key in kept.settings if settings.get(key) != kept.settings[key]]:
+        changed = [key for key in kept.settings if settings.get(key) != kept.settings[key]]
+        if changed:
             raise ConfigError(
                 f"{path} holds the results of other settings ({', '.join(changed)}); name another "
                 "--out, or remove that file."

@@ -81,12 +81,14 @@ def judge(
     plans: Mapping[str, Pattern | None],
     results: Mapping[str, Result],
     kv_bytes: Mapping[str, int],
+    *,
     loss: float,
     longest: int,
+    vocabulary: int,
 ) -> Verdict:
     """Hold every plan that has a result against the first, which must have one.
 
-    ``longest`` is the longest sequence in tokens.
+    ``longest`` is the longest sequence in tokens, ``vocabulary`` how many tokens there are.
 
     Within ``loss`` means: in no band does perplexity rise by more than that share, and no more than
     that share of the questions is lost.
@@ -107,7 +109,7 @@ def judge(
         within=frozenset(row.name for row in within),
         recommended=best,
         sentence=_sentence(full, local, best, loss),
-        warnings=tuple(_warnings(full, results[reference], longest)),
+        warnings=tuple(_warnings(full, results[reference], longest, vocabulary)),
     )
 
 
@@ -200,11 +202,16 @@ def _losses(row: Row, full: Row) -> str:
     )
 
 
-def _warnings(full: Row, result: Result, longest: int) -> Iterator[str]:
+def _warnings(full: Row, result: Result, longest: int, vocabulary: int) -> Iterator[str]:
     if full.found < _ENOUGH_FOUND:
         yield (
             f"Without a plan the model answers {full.found:.0%} of the questions, so that "
             "retrieval says little of what a plan costs it; judge by perplexity and agreement."
+        )
+    if full.perplexity > vocabulary:
+        yield (
+            f"Without a plan perplexity is {full.perplexity:,.0f}, worse than guessing among "
+            f"{vocabulary:,} tokens: the model does not know such text, and a rise says little."
         )
     if result["text_tokens"] < longest - 1:
         yield (

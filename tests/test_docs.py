@@ -14,6 +14,7 @@ from serve_app.config import GatewayConfig
 from serve_app.errors import RequestError
 from serve_app.metrics import GatewayMetrics
 from serve_app.model_config import ModelConfig
+from serve_app.quality_picture import NOTATION
 from tests.test_advice import LLAMA_8B
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -60,6 +61,10 @@ def test_both_guides_have_the_same_sections_commands_and_tables() -> None:
     assert re.findall(r"^\s*local-attention .*", english, re.MULTILINE) == re.findall(
         r"^\s*local-attention .*", chinese, re.MULTILINE
     )
+
+
+def test_the_guides_show_quality_in_todays_notation() -> None:
+    assert all(f"\n{NOTATION}\n" in guide for guide in GUIDES)
 
 
 def test_the_guides_plan_is_what_the_command_says_today() -> None:

@@ -33,7 +33,9 @@ def test_the_picture_grows_with_its_plans_and_keeps_its_width(tmp_path: Path) ->
         layers=8,
     ).plans
     results = {name: result((1.0, 1.5), (True, False, True, False), 7) for name in plans}
-    many = judge(plans, results, dict.fromkeys(plans, 2**30), 0.05, 4096)
+    many = judge(
+        plans, results, dict.fromkeys(plans, 2**30), loss=0.05, longest=4096, vocabulary=264
+    )
     draw(verdict(), tmp_path / "three.png", "small")
     draw(many, tmp_path / "seventeen.png", "large")
     three, seventeen = (imread(tmp_path / f"{name}.png").shape for name in ("three", "seventeen"))

@@ -15,7 +15,7 @@ from tests.test_quality_verdict import PLANS, RESULTS
 
 JOB = Job(
     model="/nowhere",
-    made="0",
+    files="0",
     pattern=None,
     max_model_len=1024,
     lengths=(256, 512),

@@ -48,7 +48,7 @@ RESULTS = {
 
 def verdict(loss: float = 0.05, **changes: Any) -> Verdict:
     results: Mapping[str, Result] = {**RESULTS, **changes}
-    return judge(PLANS, results, KV_BYTES, loss, 1024)
+    return judge(PLANS, results, KV_BYTES, loss=loss, longest=1024, vocabulary=264)
 
 
 def test_a_row_holds_a_plan_against_full_attention() -> None:
@@ -99,16 +99,20 @@ def test_where_no_plan_is_good_enough_it_says_so_and_names_the_nearest() -> None
     none = verdict(0.001)
     assert none.recommended is None
     assert none.sentence.startswith("No plan stays within a loss of 0%; the nearest is window 256,")
-    alone = judge(PLANS, {"full": RESULTS["full"]}, KV_BYTES, 0.05, 1024)
+    alone = judge(
+        PLANS, {"full": RESULTS["full"]}, KV_BYTES, loss=0.05, longest=1024, vocabulary=264
+    )
     assert alone.sentence == "No local plan was measured."
 
 
 def test_a_plan_that_saves_nothing_is_not_recommended() -> None:
-    own = judge(PLANS, RESULTS, {**KV_BYTES, "full": 300}, 0.05, 1024)
+    own = judge(PLANS, RESULTS, {**KV_BYTES, "full": 300}, loss=0.05, longest=1024, vocabulary=264)
     assert own.within == {"window 256, 1/4 full"}
     assert own.recommended is None
     assert "the nearest is window 256," in own.sentence
-    small = judge(PLANS, RESULTS, {**KV_BYTES, "full": 200}, 0.05, 1024)
+    small = judge(
+        PLANS, RESULTS, {**KV_BYTES, "full": 200}, loss=0.05, longest=1024, vocabulary=264
+    )
     assert small.sentence == "No plan has a smaller KV cache than the model as it is."
 
 
@@ -120,5 +124,11 @@ def test_a_model_that_finds_nothing_is_not_judged_by_retrieval() -> None:
 
 
 def test_a_text_shorter_than_the_longest_sequence_is_warned_of() -> None:
-    (warning,) = judge(PLANS, RESULTS, KV_BYTES, 0.05, 2048).warnings
+    (warning,) = judge(PLANS, RESULTS, KV_BYTES, loss=0.05, longest=2048, vocabulary=264).warnings
     assert "The text has 1,023 tokens" in warning
+
+
+def test_a_text_that_the_model_does_not_know_is_warned_of() -> None:
+    strange = result((6.0, 6.0), (True, True, True, True), 7)
+    (warning,) = verdict(full=strange).warnings
+    assert "perplexity is 403, worse than guessing among 264 tokens" in warning
