@@ -50,7 +50,7 @@ clean: ## Remove .venv and the demo model
 
 install: $(STAMP) ## Create .venv with everything pinned
 
-$(DEMO): serve_app/demo/model.py | $(STAMP)
+$(DEMO): serve_app/demo/model.py serve_app/demo/weights/full.safetensors | $(STAMP)
 	$(BIN)/local-attention demo-model models/demo
 
 # --no-deps: the constraints files are the whole tree, so nothing is resolved and nothing else can arrive.

@@ -66,11 +66,14 @@ def _one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 @_one_line_errors
 def demo_model(
     directory: Annotated[Path, typer.Argument(help="Where to write the model.")],
+    trained: Annotated[
+        str, typer.Option(help="The attention it was trained with: full, sliding or chunked-3-1.")
+    ] = "full",
 ) -> None:
-    """Make a Llama-shaped, byte-level model of under 3 MB."""
+    """Write the demo model: Llama-shaped, byte-level, 1.3 MB, trained to find codes."""
     from serve_app.demo.model import build
 
-    build(directory)
+    build(directory, trained)
     _notes.print(f"The demo model is in {directory}.")
 
 

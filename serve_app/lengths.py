@@ -128,11 +128,16 @@ class LengthEstimator:
         """Learn from an answer. ``exact_prompt_tokens`` is its ``usage.prompt_tokens``."""
         if estimate.exact or exact_prompt_tokens <= 0 or estimate.prompt_tokens <= 0:
             return
-        expected = estimate.prompt_tokens
+        expected: float = estimate.prompt_tokens
+        if self._answers < _WARM_UP:  # it may have been made before anything was learned
+            expected = self._tokens(estimate.features)
         self._remember((exact_prompt_tokens - expected) / (expected + _SLACK))
         if "body" not in estimate.features:  # a parsed body teaches what an unparsed one costs
             self._learn({"body": float(estimate.body_bytes)}, exact_prompt_tokens)
         self._learn(estimate.features, exact_prompt_tokens)
+
+    def _tokens(self, features: Mapping[str, float]) -> float:
+        return sum(self.rate(name) * amount for name, amount in features.items() if amount)
 
     def _scale(self) -> float:
         """How this tokenizer compares with the defaults, over the scripts seen so far."""
@@ -169,8 +174,10 @@ class LengthEstimator:
         cases: no assumption on their distribution is needed.
         """
         self._answers += 1
+        if self._answers == 1:  # how wrong the defaults were says nothing of what was learned
+            return
         if self._answers == 2 * _WARM_UP:
-            for _ in range(_WARM_UP):
+            for _ in range(_WARM_UP - 1):
                 self._errors.popleft()
         self._errors.append(error)
         count = len(self._errors)
@@ -200,7 +207,7 @@ class LengthEstimator:
         prompts: int = 1,
     ) -> Estimate:
         """``share`` is the longest prompt's part of all prompts of the request."""
-        expected = sum(self.rate(name) * amount for name, amount in features.items() if amount)
+        expected = self._tokens(features)
         longest = expected * share
         padded = longest + self._margin * (longest + _SLACK)
         output = self._output_tokens(body)

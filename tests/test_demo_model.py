@@ -45,10 +45,18 @@ def test_building_over_an_earlier_one_changes_nothing(directory: Path) -> None:
     assert digests(directory) == before
 
 
-def test_another_seed_is_another_model(directory: Path, tmp_path: Path) -> None:
-    demo.build(tmp_path / "other", seed=1)
-    changed = digests(tmp_path / "other")["model.safetensors"]
-    assert changed != digests(directory)["model.safetensors"]
+@pytest.mark.parametrize("attention", demo.TRAINED)
+def test_each_model_comes_with_the_report_of_its_training(attention: str, tmp_path: Path) -> None:
+    demo.build(tmp_path, attention)
+    assert json.loads((tmp_path / "report.json").read_text())["attention"] == attention
+    assert ("layer_types" in json.loads((tmp_path / "config.json").read_text())) == (
+        attention != "full"
+    )
+
+
+def test_a_pattern_that_nothing_was_trained_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trained with sinks; there are full, sliding"):
+        demo.build(tmp_path, "sinks")
 
 
 def test_it_is_under_three_megabytes(directory: Path) -> None:
@@ -62,7 +70,7 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
 
 
-def test_transformers_loads_every_weight_and_generates_printable_text(
+def test_transformers_loads_every_weight_and_answers_a_question(
     directory: Path, tokenizer: Any
 ) -> None:
     import torch
@@ -73,12 +81,14 @@ def test_transformers_loads_every_weight_and_generates_printable_text(
     )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    prompt = tokenizer("Once upon a time", return_tensors="pt")
-    output = model.generate(**prompt, max_new_tokens=32, do_sample=False)
+    question = "The access code of Ada is 4711. The access code of Boris is 2093. What is the"
+    messages = [{"role": "user", "content": f"{question} access code of Ada?"}]
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
-    assert len(text) == 32
-    assert text.isascii()
-    assert text.isprintable()
+    assert text == "The access code of Ada is 4711.<|eos|>"
 
 
 def test_the_shape_divides_for_tensor_parallelism_of_two(directory: Path) -> None:

@@ -12,13 +12,14 @@ import torch
 
 from serve_app.demo import model as demo
 from serve_app.demo import train
+from serve_app.demo.shape import PATTERNS, Shape, rules_of
 from serve_app.local_attention.plan import make_plan
 from serve_app.pattern import FULL, LayerRule
 
-SMALL = train.Shape(layers=2, hidden=64, intermediate=64, offsets=((1, 2, 3, 4),))
+SMALL = Shape(layers=2, hidden=64, intermediate=64, offsets=((1, 2, 3, 4),))
 
 
-def llama(shape: train.Shape, *rules: LayerRule, seed: int = 0) -> train.Llama:
+def llama(shape: Shape, *rules: LayerRule, seed: int = 0) -> train.Llama:
     model = train.Llama(shape, rules or (FULL,) * shape.layers)
     train.initialise(model, seed)
     return model
@@ -40,7 +41,7 @@ def test_a_mask_is_the_patterns(rule: LayerRule) -> None:
 
 
 def test_lower_heads_begin_by_looking_at_their_offsets() -> None:
-    model = llama(train.Shape())
+    model = llama(Shape())
     tokens = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
     attention = model.model.layers[0].self_attn
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(tokens))
@@ -91,7 +92,7 @@ def test_transformers_computes_the_same_logits(trained: tuple[Path, dict[str, An
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    ours = train.Llama(train.Shape(), (FULL,) * 4)
+    ours = train.Llama(Shape(), (FULL,) * 4)
     train.load(ours, out)
     tokens = torch.tensor([AutoTokenizer.from_pretrained(out).encode("The access code " * 40)])
     with torch.no_grad():
@@ -133,10 +134,10 @@ def test_an_answer_counts_only_if_every_token_of_it_is_the_likeliest() -> None:
     assert train.right(model, [prompt], "cpu") == [False]
 
 
-@pytest.mark.parametrize("attention", list(train.PATTERNS))
+@pytest.mark.parametrize("attention", list(PATTERNS))
 def test_a_written_config_asks_for_the_plan_that_was_trained(attention: str) -> None:
-    shape = train.Shape()
-    plan = make_plan(train.config(shape, attention), environment={})
+    shape = Shape()
+    plan = make_plan(demo.config(shape, attention), environment={})
     assert plan is not None
-    assert plan.rules == train.rules_of(shape, attention)
-    assert make_plan(train.config(shape, "full"), environment={}) is None
+    assert plan.rules == rules_of(shape, attention)
+    assert make_plan(demo.config(shape, "full"), environment={}) is None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -11,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import Server
+from tests.serving import ROOT, Server
 
 # The demo model reads one byte as one token, so these lengths are exact.
 SHORT_POOL = 1024
@@ -246,3 +249,20 @@ def test_models_health_and_unknown_routes(server: Server, client: openai.OpenAI)
 
 def test_the_long_pool_serves_with_its_local_attention(server: Server) -> None:
     assert "Local attention in force" in server.log
+
+
+def test_the_readmes_questions_get_the_readmes_answers(server: Server) -> None:
+    """A short one from the pool with full attention, a long one from the one with a plan."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    long = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+    assert long is not None
+    program = long[1].replace("http://127.0.0.1:8000", server.url)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == long[2], run.stderr
+    body = re.search(r"curl \S*/v1/chat/completions .*? -d '(.*?)'", text, re.DOTALL)
+    assert body is not None
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=json.loads(body[1]), timeout=60)
+    said = answer.json()["choices"][0]["message"]["content"]
+    assert f"Both answer `{said}`" in text
+    assert answer.headers["x-pool"] == "short"
+    assert "x-attention-plan" not in answer.headers

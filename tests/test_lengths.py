@@ -237,3 +237,16 @@ def test_a_large_body_costs_a_few_milliseconds(size: int, kind: str) -> None:
         lengths.estimate(body, size)
         spent.append(time.perf_counter() - began)
     assert min(spent) < 0.003
+
+
+def test_a_first_answer_far_from_the_defaults_does_not_widen_the_margin() -> None:
+    """A byte-level model: four times the tokens of the defaults, and every answer says so."""
+    lengths = LengthEstimator(default_output_tokens=64)
+
+    def body(text: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": text}]}
+
+    lengths.observe(lengths.estimate(body("wait for it " * 500), 6100), 6003)
+    short = lengths.estimate(body("What is the code of Ada, and why? " * 3), 200)
+    assert short.prompt_tokens == pytest.approx(105, rel=0.2)
+    assert short.fit_tokens < 400

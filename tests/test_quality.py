@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from serve_app import cli
 from serve_app.demo import model as demo
+from serve_app.demo.shape import Shape
 from tests.serving import ROOT
 from tests.test_cli import ENGINE_ENV
 
@@ -72,7 +73,7 @@ def test_a_text_that_is_none_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_that_takes_no_plan_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
-    config = {**demo.config(), "model_type": "deepseek_v3", "kv_lora_rank": 64}
+    config = {**demo.config(Shape(), "full"), "model_type": "deepseek_v3", "kv_lora_rank": 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "(MLA)" in refusal("--model", str(tmp_path), "--out", str(tmp_path / "out"))
 
@@ -132,7 +133,7 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(model: Path, tmp_path: Path)
     full, window = stored()["full"], stored()["window 64"]
     assert (full["plan"], window["plan"]) == (
         "the model as it is",
-        "8 x sliding 64, from additional_config",
+        "4 x sliding 64, from additional_config",
     )
     assert [(band["low"], band["high"]) for band in full["perplexity"]] == [
         (0, 128),

@@ -1,24 +1,25 @@
-"""A Llama-shaped, byte-level model of under 3 MB, made in seconds without a network.
+"""The demo model: a Llama-shaped, byte-level model of 1.3 MB, written out without a network.
 
-Every UTF-8 byte is one token whose id is the byte, so a prompt's token count can be checked by
-eye. The shape holds what real models hold (grouped-query attention, rotary positions, enough
-layers to mix local and full attention, two KV heads for tensor parallelism of 2), so that the
-demonstration runs the paths that a large model runs. The same seed gives the same bytes.
+It was trained (``train``) to answer questions about codes in its context; ``weights/`` has it, a
+variant for each pattern that it was trained with, and the model card. Every UTF-8 byte is one token
+whose id is the byte, so a prompt's token count can be checked by eye. The shape holds what real
+models hold (grouped-query attention, rotary positions, layers to mix local and full attention in,
+two KV heads for tensor parallelism of 2), so that the demonstration runs the paths that a large
+model runs.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from serve_app.demo.shape import EPSILON, PATTERNS, Shape, rules_of
 from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from tokenizers import Tokenizer
 
 BYTES = 256
@@ -34,12 +35,7 @@ SPECIAL_TOKENS = (
 )
 BOS, EOS, PAD = range(BYTES, BYTES + 3)
 
-LAYERS = 8
-HIDDEN = 128
-INTERMEDIATE = 256
-HEADS = 4
-KV_HEADS = 2
-HEAD_DIM = 32
+TRAINED = ("full", "sliding", "chunked-3-1")  # the weights in the package
 VOCABULARY = BYTES + len(SPECIAL_TOKENS)
 MAX_LENGTH = 8192  # tokens, prompt plus output
 
@@ -63,26 +59,33 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(directory: Path, seed: int = 0) -> None:
-    """Write the model into ``directory``, over an earlier one.
+def build(directory: Path, attention: str = "full") -> None:
+    """Write the model trained with ``attention``, one of ``TRAINED``, over an earlier one.
 
     ``config.json`` is written last, so that a directory that has it is whole. Raises
     ``ConfigError`` when the directory holds files that are not the demo model's.
     """
-    write(directory, config(), weights(seed))
+    if attention not in TRAINED:
+        names = ", ".join(TRAINED)
+        raise ConfigError(f"There is no demo model trained with {attention}; there are {names}.")
+    weights = resources.files("serve_app.demo") / "weights"
+    data = (weights / f"{attention}.safetensors").read_bytes()
+    write(directory, config(Shape(), attention), data)
+    report = (weights / f"{attention}.json").read_text(encoding="utf-8")
+    (directory / "report.json").write_text(report, encoding="utf-8")
 
 
-def write(directory: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
-    """Write a model of this vocabulary into ``directory``, with the tokenizer; see ``build``."""
-    from safetensors.torch import save
+def write(directory: Path, config: Mapping[str, Any], weights: bytes) -> None:
+    """Write a model of this vocabulary into ``directory``, with the tokenizer; see ``build``.
 
+    ``weights`` is a safetensors file.
+    """
     directory = Path(directory)
     _refuse_strangers(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").unlink(missing_ok=True)
     write_tokenizer(directory)
-    data = save(dict(weights), metadata={"format": "pt"})
-    (directory / "model.safetensors").write_bytes(data)
+    (directory / "model.safetensors").write_bytes(weights)
     _write_json(
         directory / "generation_config.json",
         {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
@@ -90,68 +93,35 @@ def write(directory: Path, config: Mapping[str, Any], weights: Mapping[str, torc
     _write_json(directory / "config.json", config)
 
 
-def config() -> dict[str, Any]:
-    """The model's shape in the terms of ``transformers``."""
-    return {
+def config(shape: Shape, attention: str) -> dict[str, Any]:
+    """``config.json`` in the terms of ``transformers``; a model trained with local attention says
+    so, and is served so."""
+    result: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
         "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": MAX_LENGTH,
-        "rms_norm_eps": 1e-05,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "tie_word_embeddings": False,
+        "rms_norm_eps": EPSILON,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.theta},
+        "tie_word_embeddings": True,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
     }
-
-
-def weights(seed: int) -> dict[str, torch.Tensor]:
-    """Untrained weights in bfloat16, named as in ``transformers``' Llama.
-
-    Each projection keeps its input's scale (standard deviation ``1 / sqrt(fan_in)``), so that
-    attention weighs in what comes out. Only printable ASCII has an output row; the other tokens'
-    logits are zero, which is far below the best, so even an untrained model writes readable text.
-    """
-    import torch
-
-    # RandomState's stream is frozen by NumPy's compatibility policy; Generator's is not.
-    random = np.random.RandomState(seed)
-
-    def normal(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
-        values = random.standard_normal((rows, columns)) * (scale / np.sqrt(columns))
-        return torch.from_numpy(values).to(torch.bfloat16)
-
-    tensors = {"model.embed_tokens.weight": normal(VOCABULARY, HIDDEN, np.sqrt(HIDDEN))}
-    for index in range(LAYERS):
-        layer = f"model.layers.{index}."
-        tensors |= {
-            layer + "input_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-            layer + "self_attn.q_proj.weight": normal(HEADS * HEAD_DIM, HIDDEN),
-            layer + "self_attn.k_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            layer + "self_attn.v_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            layer + "self_attn.o_proj.weight": normal(HIDDEN, HEADS * HEAD_DIM),
-            layer + "post_attention_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
-            layer + "mlp.gate_proj.weight": normal(INTERMEDIATE, HIDDEN),
-            layer + "mlp.up_proj.weight": normal(INTERMEDIATE, HIDDEN),
-            layer + "mlp.down_proj.weight": normal(HIDDEN, INTERMEDIATE),
-        }
-    output = normal(VOCABULARY, HIDDEN, scale=4.0)
-    output[: ord(" ")] = 0
-    output[ord("~") + 1 :] = 0
-    tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    tensors["lm_head.weight"] = output
-    return tensors
+    if pattern := PATTERNS.get(attention):
+        spans = {key: span for key, span in pattern.items() if key != "full_attention_every"}
+        result |= spans | {"layer_types": [rule.kind for rule in rules_of(shape, attention)]}
+    return result
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -32,37 +32,15 @@ from torch import Tensor, nn
 
 from serve_app.demo import model as demo
 from serve_app.demo.needles import Generator, Prompt
-from serve_app.pattern import FULL, LayerRule, LocalAttention
+from serve_app.demo.shape import EPSILON, PATTERNS, Shape, rules_of
+from serve_app.pattern import FULL, LayerRule
 
-PATTERNS: dict[str, dict[str, int]] = {
-    "sliding": {"sliding_window": 256},
-    "sliding-3-1": {"sliding_window": 256, "full_attention_every": 4},
-    "chunked-3-1": {"attention_chunk_size": 256, "full_attention_every": 4},
-}
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-EPSILON = 1e-5
 UNIT = 0.12  # spread of the residual stream at first, small enough for tied embeddings
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A Llama's shape, in the demo model's vocabulary."""
-
-    layers: int = 4
-    hidden: int = 128
-    intermediate: int = 256
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32
-    # Of the 16 frequencies a head has, half turn by less than a radian in 8k tokens: they can
-    # compare names at any distance, and the others tell near positions apart.
-    theta: float = 1e8
-    # Offsets in tokens, one for each head, at which the lower layers begin by looking.
-    offsets: tuple[tuple[int, ...], ...] = ((1, 2, 3, 4), (1, 5, 10, 15), (1, 2, 4, 8))
-
-
 SIZES = {
-    "small": Shape(),  # 0.6M parameters, for a CPU
+    "small": Shape(),  # 0.6M parameters; what is shipped
     "medium": Shape(hidden=256, intermediate=512, head_dim=64),  # 2.4M
 }
 
@@ -386,39 +364,16 @@ class Trainer:
         return loss.detach()
 
 
-def config(shape: Shape, attention: str) -> dict[str, Any]:
-    """``config.json``; a model trained with local attention says so, and is served so."""
-    result = demo.config() | {
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "rms_norm_eps": EPSILON,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.theta},
-        "tie_word_embeddings": True,
-    }
-    if pattern := PATTERNS.get(attention):
-        spans = {key: span for key, span in pattern.items() if key != "full_attention_every"}
-        result |= spans | {"layer_types": [rule.kind for rule in rules_of(shape, attention)]}
-    return result
-
-
-def rules_of(shape: Shape, attention: str) -> tuple[LayerRule, ...]:
-    """The layers' rules under one of ``PATTERNS``, or under ``full``."""
-    if attention == "full":
-        return (FULL,) * shape.layers
-    return LocalAttention.model_validate(PATTERNS[attention]).rules(shape.layers)
-
-
 def save(model: Llama, directory: Path, attention: str, report: Mapping[str, Any]) -> None:
     """Write the model in bfloat16, as ``transformers`` and vLLM load it, and its report."""
+    from safetensors.torch import save as serialised
+
     weights = {
         name: weight.detach().to("cpu", torch.bfloat16).contiguous()
         for name, weight in model.state_dict().items()
     }
-    demo.write(directory, config(model.shape, attention), weights)
+    data = serialised(weights, metadata={"format": "pt"})
+    demo.write(directory, demo.config(model.shape, attention), data)
     text = json.dumps(report, indent=2) + "\n"
     (directory / "report.json").write_text(text, encoding="utf-8")
 
@@ -494,9 +449,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="where to write the model")
     parser.add_argument("--attention", choices=["full", *PATTERNS], default="full")
-    parser.add_argument("--size", choices=list(SIZES), default="medium" if cuda else "small")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--start", type=Path, help="a directory whose weights to begin with")
-    parser.add_argument("--minutes", type=float, default=6 if cuda else 120)
+    parser.add_argument("--minutes", type=float, default=2 if cuda else 120)
     parser.add_argument("--steps", type=int, help="so many steps, instead of minutes")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--seed", type=int, default=0)
