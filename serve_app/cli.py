@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from serve_app import advice, client, quality, simulate
+from serve_app.config import CPU_KV_CACHE
 from serve_app.errors import ServeAppError
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def offline(
     if Path(model).is_dir() or model.startswith((".", "/")):
         model = str(Path(model).resolve())
         preflight.check_model(model)
-    for name, value in (_QUIET | _LOGS_ASIDE).items():
+    for name, value in (*(_QUIET | _LOGS_ASIDE).items(), CPU_KV_CACHE):
         os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
 

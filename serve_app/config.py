@@ -28,6 +28,9 @@ _OWNED_BY_POOL = {
     "distributed_executor_backend": "the pool's placement",
 }
 
+# For an engine that no pool configures: GiB of KV cache on a CPU, where vLLM would otherwise start
+# only if 92 % of the machine's memory were free. It means nothing on a GPU.
+CPU_KV_CACHE = ("VLLM_CPU_KVCACHE_SPACE", "4")
 
 # A token of plain text is about 4 bytes, of escaped Chinese about 10, of a run of spaces more.
 _BYTES_PER_TOKEN = 32

@@ -41,7 +41,7 @@ from serve_app.quality_grid import (
     numbers,
 )
 from serve_app.quality_picture import NOTATION, draw, table
-from serve_app.quality_results import Kept, digest_of, measure_all
+from serve_app.quality_results import Kept, alone_in, digest_of, measure_all
 from serve_app.quality_verdict import judge
 
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -148,13 +148,14 @@ def quality_command(
         layers=config.shape.layers,
         reference=_reference(config),
     )
-    kept = Kept.open(out / "results.json", job)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     for line in grid.left_out:
         notes.print(line, markup=False)
-    _refuse(kept, grid, config)
-    failed = measure_all(job, grid.plans, kept, notes)
-    _report(grid, kept, config, shape, loss, out)
+    with alone_in(out):
+        kept = Kept.open(out / "results.json", job)
+        _refuse(kept, grid, config)
+        failed = measure_all(job, grid.plans, kept, notes)
+        _report(grid, kept, config, shape, loss, out)
     if failed:
         raise ServeAppError(f"{len(failed)} of {len(grid.plans)} plans failed. {' '.join(failed)}")
 

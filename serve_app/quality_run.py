@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import random
 import re
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from serve_app.config import explain
+from serve_app.config import CPU_KV_CACHE, explain
 from serve_app.demo.needles import Generator, Prompt
 from serve_app.errors import ConfigError, LocalAttentionError
 from serve_app.pattern import LocalAttention
@@ -72,6 +73,8 @@ def _load(job: Job) -> tuple[Any, str]:
     from serve_app.local_attention.plan import plan_in_force
 
     args = dict(job.engine_args)
+    if "kv_cache_memory_bytes" not in args:
+        os.environ.setdefault(*CPU_KV_CACHE)
     if job.pattern:
         additional = {**args.get("additional_config", {}), "local_attention": job.pattern}
         args["additional_config"] = additional

@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.quality_grid import Job
-from serve_app.quality_results import Kept, digest_of, measure
+from serve_app.quality_results import Kept, alone_in, digest_of, measure
 from tests.test_quality_verdict import PLANS, RESULTS
 
 JOB = Job(
@@ -74,3 +74,14 @@ def test_an_engine_that_fails_is_one_sentence_with_its_last_words_and_its_log(
         measure(job, "full", tmp_path, begun.append)
     assert begun == ["loading"]
     assert "Traceback" in (tmp_path / "full.log").read_text()
+
+
+def test_a_second_run_is_kept_out_until_the_first_has_ended(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path / "out"),
+        pytest.raises(ConfigError, match="Another run writes to"),
+        alone_in(tmp_path / "out"),
+    ):
+        pass
+    with alone_in(tmp_path / "out"):
+        pass
