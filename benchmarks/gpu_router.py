@@ -59,7 +59,9 @@ def arguments() -> argparse.Namespace:
         default=floods("default-steps/steps:1,default-steps/pools:0.3"),
         help=f"A/B:LOAD, commas; names are {', '.join(SYSTEMS)}",
     )
-    parser.add_argument("--systems", default="", help="further ones for --rates, commas")
+    parser.add_argument(
+        "--systems", type=routers.system_names, default="", help="further ones for --rates, commas"
+    )
     parser.add_argument("--rates", default="", help="requests/s of mixed traffic, commas")
     parser.add_argument("--rate-seconds", type=int, default=15, help="of each run of --rates")
     parser.add_argument("--short-rate", type=float, default=20.0, help="requests/s")
@@ -68,11 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hop-requests", type=int, default=4, help="of each stream in a block")
     parser.add_argument("--streams", type=numbers, default=[32, 128], help="commas; of the hop")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-router"))
-    chosen = parser.parse_args()
-    chosen.systems = [name for name in chosen.systems.split(",") if name]
-    if unknown := set(chosen.systems) - set(SYSTEMS):
-        parser.error(f"{', '.join(unknown)}: systems are {', '.join(SYSTEMS)}")
-    return chosen
+    return parser.parse_args()
 
 
 def systems(chosen: argparse.Namespace) -> dict[str, System]:

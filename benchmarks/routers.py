@@ -59,11 +59,22 @@ SCALES = {
 }
 
 
+def system_names(text: str) -> list[str]:
+    """Names of ``SYSTEMS``, separated by commas; none of an empty text."""
+    names = [name for name in text.split(",") if name]
+    if unknown := set(names) - set(SYSTEMS):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: systems are {', '.join(SYSTEMS)}")
+    return names
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare routers under mixed lengths.")
     parser.add_argument("--device", choices=tuple(SCALES), default="gpu")
     parser.add_argument(
-        "--systems", default="pools,default,mixed", help=f"commas; of {', '.join(LABELS)}"
+        "--systems",
+        type=system_names,
+        default="pools,default,mixed",
+        help=f"commas; of {', '.join(SYSTEMS)}",
     )
     parser.add_argument("--rates", default="", help="requests/s, commas")
     parser.add_argument("--mix", default="", help="as in load_tests/benchmark.py")
@@ -74,9 +85,6 @@ def arguments() -> argparse.Namespace:
     scale = SCALES[chosen.device]
     chosen.mix, chosen.rates = chosen.mix or scale.mix, (chosen.rates or scale.rates).split(",")
     chosen.seconds, chosen.shape = chosen.seconds or scale.seconds, scale.shape
-    chosen.systems = chosen.systems.split(",")
-    if unknown := set(chosen.systems) - set(LABELS):
-        parser.error(f"{', '.join(unknown)}: systems are {', '.join(LABELS)}")
     return chosen
 
 

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from serve_app import advice, client, quality, simulate
-from serve_app.config import CPU_KV_CACHE
+from serve_app.config import CPU_KV_CACHE, QUIET
 from serve_app.errors import ServeAppError
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ app = typer.Typer(
 )
 _notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
-# Neither Ray nor vLLM reports usage unless the user says so.
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-}
 # Standard output is for the answer alone.
 _LOGS_ASIDE = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 _POLL_S = 1.0
@@ -108,7 +102,7 @@ def _serve_run(deployment: Path, url: str) -> int:
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(deployment)]  # `serve run`
     # A shell's background job ignores SIGINT, and the child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    child = subprocess.Popen(command, env={**_QUIET, **os.environ})
+    child = subprocess.Popen(command, env={**QUIET, **os.environ})
     # Ctrl-C reaches the child by itself; SIGTERM must end it as Ctrl-C does, which stops Serve.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
@@ -178,7 +172,7 @@ def offline(
     if Path(model).is_dir() or model.startswith((".", "/")):
         model = str(Path(model).resolve())
         preflight.check_model(model)
-    for name, value in (*(_QUIET | _LOGS_ASIDE).items(), CPU_KV_CACHE):
+    for name, value in (*(QUIET | _LOGS_ASIDE).items(), CPU_KV_CACHE):
         os.environ.setdefault(name, value)
     from vllm import LLM, SamplingParams
 

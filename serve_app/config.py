@@ -28,6 +28,12 @@ _OWNED_BY_POOL = {
     "distributed_executor_backend": "the pool's placement",
 }
 
+# Neither Ray nor vLLM reports usage unless the user says so.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+}
 # For an engine that no pool configures: GiB of KV cache on a CPU, where vLLM would otherwise start
 # only if 92 % of the machine's memory were free. It means nothing on a GPU.
 CPU_KV_CACHE = ("VLLM_CPU_KVCACHE_SPACE", "4")

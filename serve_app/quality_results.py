@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from serve_app.config import QUIET
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.local_attention.plan import CHUNK_VARIABLE
 from serve_app.quality_grid import Job, Pattern, Result
@@ -29,11 +30,9 @@ STEP = "step: "  # how the child's lines begin that say what it is about to do
 STEPS = ("loading", "perplexity", "retrieval", "agreement", "decode")
 
 # One process for each engine, so that its errors keep their words; nothing is reported to vLLM.
-_ENVIRONMENT = {
+_ENVIRONMENT = QUIET | {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
 }
 
 

@@ -70,15 +70,16 @@ def build(directory: Path, attention: str = "full") -> None:
         raise ConfigError(f"There is no demo model trained with {attention}; there are {names}.")
     weights = resources.files("serve_app.demo") / "weights"
     data = (weights / f"{attention}.safetensors").read_bytes()
-    write(directory, config(Shape(), attention), data)
-    report = (weights / f"{attention}.json").read_text(encoding="utf-8")
-    (directory / "report.json").write_text(report, encoding="utf-8")
+    report = json.loads((weights / f"{attention}.json").read_text(encoding="utf-8"))
+    write(directory, config(Shape(), attention), data, report)
 
 
-def write(directory: Path, config: Mapping[str, Any], weights: bytes) -> None:
+def write(
+    directory: Path, config: Mapping[str, Any], weights: bytes, report: Mapping[str, Any]
+) -> None:
     """Write a model of this vocabulary into ``directory``, with the tokenizer; see ``build``.
 
-    ``weights`` is a safetensors file.
+    ``weights`` is a safetensors file, ``report`` how it was trained.
     """
     directory = Path(directory)
     _refuse_strangers(directory)
@@ -90,6 +91,7 @@ def write(directory: Path, config: Mapping[str, Any], weights: bytes) -> None:
         directory / "generation_config.json",
         {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD},
     )
+    _write_json(directory / "report.json", report)
     _write_json(directory / "config.json", config)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -373,9 +372,7 @@ def save(model: Llama, directory: Path, attention: str, report: Mapping[str, Any
         for name, weight in model.state_dict().items()
     }
     data = serialised(weights, metadata={"format": "pt"})
-    demo.write(directory, demo.config(model.shape, attention), data)
-    text = json.dumps(report, indent=2) + "\n"
-    (directory / "report.json").write_text(text, encoding="utf-8")
+    demo.write(directory, demo.config(model.shape, attention), data, report)
 
 
 def load(model: Llama, directory: Path) -> None:
