@@ -14,7 +14,7 @@ from serve_app.config import GatewayConfig
 from serve_app.errors import RequestError
 from serve_app.metrics import GatewayMetrics
 from serve_app.model_config import ModelConfig
-from serve_app.quality_picture import NOTATION
+from serve_app.quality.picture import NOTATION
 from tests.test_advice import LLAMA_8B
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.errors import ConfigError
 from serve_app.pattern import LocalAttention
-from serve_app.quality_grid import (
+from serve_app.quality.grid import (
     bands,
     context_lengths,
     counts,

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.image import imread
 from rich.console import Console
 
-from serve_app.quality_grid import make_grid
-from serve_app.quality_picture import draw, table
-from serve_app.quality_verdict import judge
+from serve_app.quality.grid import make_grid
+from serve_app.quality.picture import draw, table
+from serve_app.quality.verdict import judge
 from tests.test_quality_verdict import RESULTS, result, verdict
 
 

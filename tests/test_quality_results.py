@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from serve_app.errors import ConfigError, ServeAppError
-from serve_app.quality_grid import Job
-from serve_app.quality_results import Kept, alone_in, digest_of, measure
+from serve_app.quality.grid import Job
+from serve_app.quality.results import Kept, alone_in, digest_of, measure
 from tests.test_quality_verdict import PLANS, RESULTS
 
 JOB = Job(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from serve_app.demo import model as demo
 from serve_app.demo.needles import Generator, Needle, Prompt
 from serve_app.errors import ConfigError, LocalAttentionError
-from serve_app.quality_run import _is_right, _prompt, _refusal, _texts
+from serve_app.quality.run import _is_right, _prompt, _refusal, _texts
 from tests.test_quality_results import JOB
 
 

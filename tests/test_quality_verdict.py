@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.quality_grid import Result, make_grid
-from serve_app.quality_verdict import Verdict, common_share, judge
+from serve_app.quality.grid import Result, make_grid
+from serve_app.quality.verdict import Verdict, common_share, judge
 
 LENGTHS, DEPTHS = (256, 512), (0.1, 0.9)
 PLANS = make_grid(

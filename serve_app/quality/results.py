@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from serve_app.config import QUIET
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.local_attention.plan import CHUNK_VARIABLE
-from serve_app.quality_grid import Job, Pattern, Result
+from serve_app.quality.grid import Job, Pattern, Result
 
 STEP = "step: "  # how the child's lines begin that say what it is about to do
 STEPS = ("loading", "perplexity", "retrieval", "agreement", "decode")
@@ -210,7 +210,7 @@ def _engine(
     result: Path, log: Any, environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[str]]:
     """The child and, in a session of its own, the workers that it may start; killed at the end."""
-    command = [sys.executable, "-m", "serve_app.quality_run", str(result)]
+    command = [sys.executable, "-m", "serve_app.quality.run", str(result)]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

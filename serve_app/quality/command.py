@@ -1,6 +1,6 @@
 """The ``local-attention quality`` command: what each attention plan costs in quality, and saves.
 
-For every plan of a grid, one engine (``quality_run``, a process of its own) measures:
+For every plan of a grid, one engine (``run``, a process of its own) measures:
 
 1. the perplexity of a text by distance from its start;
 2. how often a fact hidden in a context is found, by the context's length and the fact's depth;
@@ -29,7 +29,7 @@ from serve_app.local_attention.plan import make_plan
 from serve_app.model_config import ModelConfig, read_model_config
 from serve_app.pattern import FULL
 from serve_app.preflight import engine_argument_names
-from serve_app.quality_grid import (
+from serve_app.quality.grid import (
     FULL_NAME,
     OWN_NAME,
     Grid,
@@ -40,9 +40,9 @@ from serve_app.quality_grid import (
     make_grid,
     numbers,
 )
-from serve_app.quality_picture import NOTATION, draw, table
-from serve_app.quality_results import Kept, alone_in, digest_of, measure_all
-from serve_app.quality_verdict import judge
+from serve_app.quality.picture import NOTATION, draw, table
+from serve_app.quality.results import Kept, alone_in, digest_of, measure_all
+from serve_app.quality.verdict import judge
 
 _DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _LONGEST = 8192  # by default, where the model was made for more

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from serve_app.quality_grid import Answer, Band, Pattern, Result
+from serve_app.quality.grid import Answer, Band, Pattern, Result
 
 _ENOUGH_TOKENS = 100  # in a band of distances, before its perplexity is judged
 _ENOUGH_FOUND = 0.5  # by the reference, before retrieval says something

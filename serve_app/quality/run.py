@@ -1,7 +1,7 @@
-"""Measure one attention plan on one vLLM engine: ``python -m serve_app.quality_run RESULT``.
+"""Measure one attention plan on one vLLM engine: ``python -m serve_app.quality.run RESULT``.
 
 A process of its own for each plan, started by ``local-attention quality``: an engine gives its
-memory back for certain only when its process ends. Standard input has a ``quality_grid.Job`` as
+memory back for certain only when its process ends. Standard input has a ``grid.Job`` as
 JSON; ``RESULT`` is written whole or not at all, and holds ``result`` or ``refused``.
 """
 
@@ -25,8 +25,8 @@ from serve_app.config import CPU_KV_CACHE, explain
 from serve_app.demo.needles import Generator, Prompt
 from serve_app.errors import ConfigError, LocalAttentionError
 from serve_app.pattern import LocalAttention
-from serve_app.quality_grid import ANSWER_TOKENS, Answer, Band, Job, Result, bands
-from serve_app.quality_results import STEP
+from serve_app.quality.grid import ANSWER_TOKENS, Answer, Band, Job, Result, bands
+from serve_app.quality.results import STEP
 
 _LENGTH_TRIES = 8  # looks at a prompt's tokens before the nearest length will do
 _CLOSE_ENOUGH = 0.97  # of the length asked for

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from serve_app.quality_verdict import Row, Verdict
+from serve_app.quality.verdict import Row, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
