@@ -37,7 +37,7 @@ from serve_app.errors import (
     NotFound,
     RequestError,
 )
-from serve_app.guard import check_body
+from serve_app.guard.body import check_body
 from serve_app.keys import ApiKey, KeyRing
 from serve_app.lengths import Estimate, LengthEstimator
 from serve_app.metrics import GatewayMetrics

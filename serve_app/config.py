@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.errors import ConfigError
-from serve_app.guard import Limits
+from serve_app.guard.limits import Limits
 from serve_app.pattern import LocalAttention
 
 # Set by the pool itself, so that one number has one home.
