@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from serve_app import advice, client, simulate
+from serve_app import advice, client, proposal, simulate
 from serve_app.config import CPU_KV_CACHE, QUIET
 from serve_app.errors import ServeAppError
 from serve_app.quality.command import quality_command
@@ -212,7 +212,7 @@ def _local_attention(
 
 
 app.command("check")(_one_line_errors(advice.check_command))
-app.command("plan")(_one_line_errors(advice.plan_command))
+app.command("plan")(_one_line_errors(proposal.plan_command))
 app.command("quality")(_one_line_errors(quality_command))
 app.command("simulate")(_one_line_errors(simulate.simulate_command))
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from prometheus_client import Metric
 
-from serve_app.advice import propose
 from serve_app.capacity import GIB
 from serve_app.config import GatewayConfig
 from serve_app.errors import RequestError
 from serve_app.metrics import GatewayMetrics
 from serve_app.model_config import ModelConfig
+from serve_app.proposal import propose
 from serve_app.quality.picture import NOTATION
 from tests.test_advice import LLAMA_8B
 

@@ -34,6 +34,7 @@ LAYERS: list[set[str]] = [
         "deployments",
         "model_config",
         "advice",
+        "proposal",
         "preflight",
         "simulate",
         "client",
@@ -56,6 +57,7 @@ WITHIN_LAYER = {
     "port": {"errors"},
     "batching": {"balance"},
     "advice": {"model_config"},
+    "proposal": {"advice", "model_config"},
     "simulator": {"autoscaling"},
     "quality.verdict": {"quality.grid"},
     "quality.run": {"quality.results"},
@@ -66,7 +68,7 @@ WITHIN_LAYER = {
         "quality.picture",
         "quality.results",
     },
-    "cli": {"advice", "client", "preflight", "quality.command", "simulate"},
+    "cli": {"advice", "client", "preflight", "proposal", "quality.command", "simulate"},
     "engine": {"local_attention"},  # to say which plan is in force
 }
 ASIDE = {
