@@ -5,12 +5,12 @@
         --rates 1 4
 
 The same on GPUs, with any configuration whose weights are there, or with ``load_format: dummy`` in
-its ``engine_args``. Run it while the machine does nothing else.
+its ``engine_args`` and ``--shape``. Run it while the machine does nothing else.
 
 An engine of the named pool is started in this process and asked through its own HTTP port, so that
-tokenizing and streaming are in the times. Prompts are random, so that no prefix is cached. How
-many steps, prompt tokens, sequences and context tokens a group of requests takes is counted by the
-simulator itself, with a cost of one for each in turn.
+tokenizing and streaming are in the times. Prompts are random, so that no prefix is cached. The
+first fit is to groups of requests on an idle engine; with ``--rates``, it is refined on traffic of
+these rates, and then checked on other traffic of the same. See ``benchmarks/cost_fit.py``.
 """
 
 from __future__ import annotations
@@ -22,29 +22,26 @@ import os
 import random
 import subprocess
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 
 import aiohttp
-import numpy as np
 
+from benchmarks import shape
+from benchmarks.cost_fit import Replayed, Timed, fit, predicted, refine, with_cost
 from serve_app.config import AppConfig, load_config
 from serve_app.request import TOKEN_HEADER, EngineInfo
 from serve_app.simulate import Measured, plans, read_measured
 from serve_app.simulator import Arrival, CostModel, PoolPlan, generate, quantile, simulate
 
-UNITS = [CostModel(*(float(i == k) for i in range(4))) for k in range(4)]
+SHAPES = {"0.6b": shape.QWEN3_06B, "8b": shape.LLAMA_8B}
+LENGTHS = "azure-conversation"
+CHECK_SEED, FIT_SEEDS = 1, (2, 3)
 REPEATS = 5
 PROMPTS = (32, 256, 1024, 2048, 4096, 7680, 16384, 65536)
 BATCHES = ((1, 32), (4, 32), (16, 32), (64, 128), (1, 2048), (4, 1024), (16, 512), (4, 16384))
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One request as its client saw it, in seconds."""
-
-    ttft: float
-    done: float
 
 
 def groups(longest: int) -> list[list[Arrival]]:
@@ -75,7 +72,7 @@ async def ask(
     return Timed(first - began, time.monotonic() - began)
 
 
-async def replay(
+async def send(
     session: aiohttp.ClientSession, info: EngineInfo, model: str, arrivals: list[Arrival]
 ) -> list[Timed]:
     """Send each request at its time."""
@@ -91,45 +88,47 @@ async def replay(
 async def measure(
     session: aiohttp.ClientSession, info: EngineInfo, model: str, plan: PoolPlan
 ) -> CostModel:
-    """Time each group a few times and fit: relative least squares, without negative parts.
+    """Time each group a few times and fit the medians.
 
-    The fastest time counts: whatever else the machine does can only add to it. Groups take turns,
-    so that a busy moment does not hit all the times of one.
+    Groups take turns, so that a busy moment does not hit all the times of one.
     """
-    rows: list[list[float]] = []
+    sent = groups(plan.max_model_len)
     walls: list[list[float]] = []
-    for group in groups(plan.max_model_len):
-        await replay(session, info, model, group)  # warm-up
-        rows.append([simulate(group, [_with_cost(plan, unit)], 1).seconds for unit in UNITS])
+    for group in sent:
+        await send(session, info, model, group)  # warm-up
         walls.append([])
     for _ in range(REPEATS):
-        for group, times in zip(groups(plan.max_model_len), walls, strict=True):
-            times.append(max(timed.done for timed in await replay(session, info, model, group)))
-    seconds = [min(times) for times in walls]
-    table = np.array(rows) / np.array(seconds)[:, None]
-    used = list(range(4))
-    while True:
-        solution = np.linalg.lstsq(table[:, used], np.ones(len(seconds)), rcond=None)[0]
-        if (solution >= 0).all():
-            break
-        used.pop(int(solution.argmin()))
-    parts = [0.0] * 4
-    for index, value in zip(used, solution, strict=True):
-        parts[index] = float(value)
-    errors = np.array(rows) @ np.array(parts) / np.array(seconds) - 1
-    for group, times, error in zip(groups(plan.max_model_len), walls, errors, strict=True):
+        for group, times in zip(sent, walls, strict=True):
+            times.append(max(timed.done for timed in await send(session, info, model, group)))
+    seconds = [median(times) for times in walls]
+    cost = fit(plan, sent, seconds)
+    for group, times, fitted in zip(sent, walls, predicted(plan, sent, cost), strict=True):
         print(
             f"{len(group):3} x {group[0].prompt_tokens:5} + {group[0].output_tokens:3} tokens: "
-            f"{min(times):7.3f} s (to {max(times):.3f}), fitted {error:+.0%}",
+            f"{median(times):7.3f} s ({min(times):.3f} to {max(times):.3f}), "
+            f"fitted {fitted / median(times) - 1:+.0%}",
             flush=True,
         )
-    worst, mean = np.abs(errors).max(), np.abs(errors).mean()
-    print(f"fitted within {worst:.0%} at worst, {mean:.0%} on average")
-    return CostModel(*parts)
+    return cost
 
 
-def _with_cost(plan: PoolPlan, cost: CostModel) -> PoolPlan:
-    return replace(plan, cost=cost, replicas=1, scaling=None)
+async def calibrate(
+    session: aiohttp.ClientSession,
+    info: EngineInfo,
+    model: str,
+    plan: PoolPlan,
+    rates: Sequence[float],
+    seconds: float,
+) -> CostModel:
+    """Send traffic of each rate and refine the plan's costs on it."""
+    traffic = []
+    for seed in FIT_SEEDS:
+        for rate in rates:
+            arrivals = list(generate(LENGTHS, rate, seconds, seed, plan.max_model_len))
+            traffic.append(Replayed(arrivals, await send(session, info, model, arrivals)))
+    cost = refine(plan, plan.cost, traffic)
+    print(f"from groups: {plan.cost}\nfrom traffic: {cost}", flush=True)
+    return cost
 
 
 async def check(
@@ -141,10 +140,10 @@ async def check(
     seconds: float,
 ) -> None:
     """Replay one trace against the engine and against the simulator, and print both."""
-    arrivals = list(generate("azure-conversation", rate, seconds, 1, plan.max_model_len))
-    outcome = simulate(arrivals, [_with_cost(plan, plan.cost)], 2.0)
+    arrivals = list(generate(LENGTHS, rate, seconds, CHECK_SEED, plan.max_model_len))
+    outcome = simulate(arrivals, [with_cost(plan, plan.cost)], 2.0)
     began = time.monotonic()
-    timed = await replay(session, info, model, arrivals)
+    timed = await send(session, info, model, arrivals)
     wall = time.monotonic() - began
     ttfts = sorted(one.ttft for one in timed)
     gaps = sorted(
@@ -207,11 +206,13 @@ async def run(args: argparse.Namespace, config: AppConfig) -> None:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             model = config.served_model_name
             if known is None:
-                cost = await measure(session, info, model, plan)
-                fitted = base.model_copy(update=asdict(cost))
+                plan = replace(plan, cost=await measure(session, info, model, plan))
+                if args.rates:
+                    cost = await calibrate(session, info, model, plan, args.rates, args.seconds)
+                    plan = replace(plan, cost=cost)
+                fitted = base.model_copy(update=asdict(plan.cost))
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(fitted.model_dump(), indent=2) + "\n")
-                plan = replace(plan, cost=cost)
             for rate in args.rates:
                 await check(session, info, model, plan, rate, args.seconds)
     finally:
@@ -224,11 +225,16 @@ def main() -> None:
     parser.add_argument("pool")
     parser.add_argument("--out", type=Path, default=Path("runs/cost.json"))
     parser.add_argument("--check", type=Path, help="a cost model to check instead of fitting one")
-    parser.add_argument("--rates", type=float, nargs="*", default=[], help="arrivals a second")
+    parser.add_argument("--rates", type=float, nargs="*", default=[1, 4], help="arrivals a second")
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="instead of the configured model")
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--label", help="what the cost model says it was measured on")
     args = parser.parse_args()
     config = load_config(args.config)
+    if args.shape:
+        model = (args.out.parent / f"{args.shape}-shape").resolve()
+        shape.build(model, SHAPES[args.shape])
+        config = config.model_copy(update={"model": str(model)})
     os.environ |= config.pools[args.pool].env
     asyncio.run(run(args, config))
 

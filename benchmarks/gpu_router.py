@@ -1,6 +1,7 @@
 """The gateway and the router on two GPUs: the hop, the flood, then mixed traffic at several rates.
 
     python -m benchmarks.gpu_router                 # two GPUs, Qwen3-0.6B's shape
+    python -m benchmarks.gpu_router --shape 8b      # Llama 3.1 8B's
     python -m benchmarks.gpu_router --tiny          # any CPU, a tiny shape, short blocks
 
 Starts the systems that ``--floods`` and ``--systems`` name once, each of two engines, side by side
@@ -25,6 +26,7 @@ from benchmarks.session import Session, System
 
 HERE = Path(__file__).resolve().parent
 PROMPT = 500  # bytes of text; the template makes it about 512 tokens
+SHAPES = {"0.6b": shape.QWEN3_06B, "8b": shape.LLAMA_8B}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ def floods(text: str) -> list[Flood]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure gateway and router on two GPUs.")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this out")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="0.6b")
     parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
     parser.add_argument(
         "--floods",
@@ -77,7 +80,7 @@ def systems(chosen: argparse.Namespace) -> dict[str, System]:
     """Those that were named, with the shape's directory as their model."""
     device = "tiny" if chosen.tiny else "gpu"
     model = chosen.out / f"{device}-shape"
-    shape.build(model, shape.TINY if chosen.tiny else shape.QWEN3_06B)
+    shape.build(model, shape.TINY if chosen.tiny else SHAPES[chosen.shape])
     flooded = [name for each in chosen.floods for name in (each.b, each.a)]
     named = dict.fromkeys([*flooded, *chosen.systems])
     return {

@@ -10,8 +10,8 @@ Parts; a session is started once for all that is measured on it:
   take of a core for 1,000 tokens/s. On the first, the tensor parallel table's line for one GPU. On
   the last, one is killed under load: what was lost, and how long until it was replaced.
 - ``tensor``: one engine over 2, 4 ... GPUs: a lone request, and many streams.
-- ``pools``: short requests on engines of one GPU beside long ones on an engine of two, which has
-  another attention plan.
+- ``pools``: short requests on an engine of one GPU beside long ones on an engine of two, which has
+  another attention plan. With two GPUs: short ones on two engines of half a GPU, long ones on one.
 
 Weights are random. Clients are processes of their own, one an engine, and go through the gateways'
 port, of which there is one an engine too.
@@ -58,6 +58,7 @@ class Shape:
 
 
 SHAPES = {
+    "0.6b": Shape(shape.QWEN3_06B, 1.2),
     "8b": Shape(shape.LLAMA_8B, 15),
     "70b": Shape(shape.LLAMA_70B, 132),
     "tiny": Shape(shape.TINY, 0),
@@ -157,6 +158,7 @@ class Host:
 
     out: Path
     tiny: bool
+    gpus: int
     sizes: list[int]  # GPUs of an engine, or engines
     gpu_gib: float
     shapes: list[str]  # the first one is that of all parts but tensor
@@ -265,6 +267,12 @@ def pools(host: Host) -> None:
         "short": _pool(max_model_len=1024 if host.tiny else 4096),
         "long": _pool(tensor_parallel_size=2, local_attention=plan),
     }
+    if host.gpus == 2:  # two engines on one, and one on the other
+        half = {"gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": 20 * 2**30}
+        two = {
+            "short": _pool(max_model_len=4096, replicas=2, num_gpus=0.5, engine_args=half),
+            "long": _pool(local_attention=plan),
+        }
     short = host.load(64, 512, 256)
     long = Load(2, 2, 1500, 16) if host.tiny else Load(8, 4, 20_000, 256)
     with host.serve(host.shapes[0], two) as session:
@@ -402,7 +410,7 @@ def main() -> None:
     sizes = chosen.sizes or [2**n for n in range(8) if 2**n <= len(memory)] or [1]
     shapes = ["tiny"] if chosen.tiny else chosen.shapes
     gpu_gib = min(memory, default=0.0)
-    host = Host(chosen.out, chosen.tiny, sizes, gpu_gib, shapes, chosen.kill_requests)
+    host = Host(chosen.out, chosen.tiny, len(memory), sizes, gpu_gib, shapes, chosen.kill_requests)
     for part in chosen.parts.split(","):
         began = time.monotonic()
         PARTS[part](host)

@@ -271,6 +271,13 @@ def simulate(
     return _Run(arrivals, plans).run(ttft_target_s)
 
 
+def replay(arrivals: Sequence[Arrival], plans: Sequence[PoolPlan]) -> list[Request]:
+    """As :func:`simulate`, but returns each request that a pool holds, in order of time."""
+    run = _Run(arrivals, plans)
+    run.run(0.0)
+    return run.requests
+
+
 class _Run:
     def __init__(self, arrivals: Sequence[Arrival], plans: Sequence[PoolPlan]) -> None:
         self._pools = [Pool(plan) for plan in sorted(plans, key=lambda plan: plan.max_model_len)]
@@ -278,7 +285,7 @@ class _Run:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = itertools.count()
         self._least: dict[int, list[tuple[float, int, Engine]]] = {}
-        self._requests: list[Request] = []
+        self.requests: list[Request] = []
         self._refused = 0
         self._open = 0  # requests that are not answered in full
         self._last = 0.0
@@ -314,7 +321,7 @@ class _Run:
         request = Request(
             arrival, kv_tokens(rules, total), kv_tokens(rules, middle), arrival.prompt_tokens
         )
-        self._requests.append(request)
+        self.requests.append(request)
         self._open += 1
         self._send(pool, request, arrival.time)
 
@@ -418,16 +425,16 @@ class _Run:
         for pool in self._pools:
             for engine in list(pool.engines):
                 self._stop(pool, engine, seconds)
-        ttfts = sorted(r.first - r.arrival.time for r in self._requests)
+        ttfts = sorted(r.first - r.arrival.time for r in self.requests)
         gaps = sorted(
             (r.done - r.first) / (r.arrival.output_tokens - 1)
-            for r in self._requests
+            for r in self.requests
             if r.arrival.output_tokens > 1
         )
         good = bisect.bisect_right(ttfts, ttft_target_s)
-        generated = sum(r.arrival.output_tokens for r in self._requests)
+        generated = sum(r.arrival.output_tokens for r in self.requests)
         return Outcome(
-            requests=len(self._requests),
+            requests=len(self.requests),
             refused=self._refused,
             ttft_p50=quantile(ttfts, 0.5),
             ttft_p95=quantile(ttfts, 0.95),
