@@ -122,7 +122,7 @@ class Session:
                 self.engines = [EnginePort(**engine) for engine in told["engines"]]
                 return self
             self.printed += line
-        raise RuntimeError(f"{self.system} did not start:\n{self.log[-6000:]}")
+        raise RuntimeError(f"{self.system} did not start:\n{self.log[-20000:]}")
 
     @property
     def log(self) -> str:
