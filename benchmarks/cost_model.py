@@ -1,7 +1,7 @@
 """Fits the step times of one engine, for ``local-attention simulate``, and checks the simulator.
 
-    python benchmarks/cost_model.py configs/demo-cpu.yaml long --out configs/demo-cpu.cost.json
-    python benchmarks/cost_model.py configs/demo-cpu.yaml long --check configs/demo-cpu.cost.json \\
+    python -m benchmarks.cost_model configs/demo-cpu.yaml long --out configs/demo-cpu.cost.json
+    python -m benchmarks.cost_model configs/demo-cpu.yaml long --check configs/demo-cpu.cost.json \\
         --rates 1 4
 
 The same on GPUs, with any configuration whose weights are there, or with ``load_format: dummy`` in
@@ -23,7 +23,7 @@ import random
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -32,13 +32,15 @@ import aiohttp
 from benchmarks import shape
 from benchmarks.cost_fit import Replayed, Timed, fit, predicted, refine, with_cost
 from serve_app.config import AppConfig, load_config
+from serve_app.model_config import read_model_config
 from serve_app.request import TOKEN_HEADER, EngineInfo
 from serve_app.simulate import Measured, plans, read_measured
 from serve_app.simulator import Arrival, CostModel, PoolPlan, generate, quantile, simulate
 
 SHAPES = {"0.6b": shape.QWEN3_06B, "8b": shape.LLAMA_8B}
 LENGTHS = "azure-conversation"
-CHECK_SEED, FIT_SEEDS = 1, (2, 3)
+# Traffic to fit and traffic to check take turns, so that a machine that slows down slows both.
+FIT, CHECK, FIT_TOO = 2, 1, 3
 REPEATS = 5
 PROMPTS = (32, 256, 1024, 2048, 4096, 7680, 16384, 65536)
 BATCHES = ((1, 32), (4, 32), (16, 32), (64, 128), (1, 2048), (4, 1024), (16, 512), (4, 16384))
@@ -51,43 +53,44 @@ def groups(longest: int) -> list[list[Arrival]]:
     return [group for group in prompts + decodes if group[0].prompt_tokens + 64 <= longest]
 
 
-async def ask(
-    session: aiohttp.ClientSession, info: EngineInfo, model: str, arrival: Arrival
-) -> Timed:
-    body = {
-        "model": model,
-        "prompt": [random.randint(32, 126) for _ in range(arrival.prompt_tokens)],
-        "max_tokens": arrival.output_tokens,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    began = time.monotonic()
-    first = None
-    url, headers = f"{info.url}/v1/completions", {TOKEN_HEADER: info.token}
-    async with session.post(url, json=body, headers=headers) as reply:
-        reply.raise_for_status()
-        async for _ in reply.content.iter_any():
-            first = first or time.monotonic()
-    assert first is not None
-    return Timed(first - began, time.monotonic() - began)
+@dataclass(frozen=True)
+class Target:
+    """One engine behind its own HTTP port."""
+
+    session: aiohttp.ClientSession
+    info: EngineInfo
+    model: str
+
+    async def ask(self, arrival: Arrival) -> Timed:
+        body = {
+            "model": self.model,
+            "prompt": [random.randint(32, 126) for _ in range(arrival.prompt_tokens)],
+            "max_tokens": arrival.output_tokens,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        began = time.monotonic()
+        first = None
+        url, headers = f"{self.info.url}/v1/completions", {TOKEN_HEADER: self.info.token}
+        async with self.session.post(url, json=body, headers=headers) as reply:
+            reply.raise_for_status()
+            async for _ in reply.content.iter_any():
+                first = first or time.monotonic()
+        assert first is not None
+        return Timed(first - began, time.monotonic() - began)
+
+    async def send(self, arrivals: Sequence[Arrival]) -> Replayed:
+        """Send each request at its time."""
+        began = time.monotonic()
+
+        async def one(arrival: Arrival) -> Timed:
+            await asyncio.sleep(arrival.time - (time.monotonic() - began))
+            return await self.ask(arrival)
+
+        return Replayed(arrivals, await asyncio.gather(*(one(arrival) for arrival in arrivals)))
 
 
-async def send(
-    session: aiohttp.ClientSession, info: EngineInfo, model: str, arrivals: list[Arrival]
-) -> list[Timed]:
-    """Send each request at its time."""
-    began = time.monotonic()
-
-    async def one(arrival: Arrival) -> Timed:
-        await asyncio.sleep(arrival.time - (time.monotonic() - began))
-        return await ask(session, info, model, arrival)
-
-    return await asyncio.gather(*(one(arrival) for arrival in arrivals))
-
-
-async def measure(
-    session: aiohttp.ClientSession, info: EngineInfo, model: str, plan: PoolPlan
-) -> CostModel:
+async def measure(target: Target, plan: PoolPlan) -> CostModel:
     """Time each group a few times and fit the medians.
 
     Groups take turns, so that a busy moment does not hit all the times of one.
@@ -95,11 +98,11 @@ async def measure(
     sent = groups(plan.max_model_len)
     walls: list[list[float]] = []
     for group in sent:
-        await send(session, info, model, group)  # warm-up
+        await target.send(group)  # warm-up
         walls.append([])
     for _ in range(REPEATS):
         for group, times in zip(sent, walls, strict=True):
-            times.append(max(timed.done for timed in await send(session, info, model, group)))
+            times.append(max(timed.done for timed in (await target.send(group)).timed))
     seconds = [median(times) for times in walls]
     cost = fit(plan, sent, seconds)
     for group, times, fitted in zip(sent, walls, predicted(plan, sent, cost), strict=True):
@@ -112,54 +115,40 @@ async def measure(
     return cost
 
 
-async def calibrate(
-    session: aiohttp.ClientSession,
-    info: EngineInfo,
-    model: str,
-    plan: PoolPlan,
-    rates: Sequence[float],
-    seconds: float,
-) -> CostModel:
-    """Send traffic of each rate and refine the plan's costs on it."""
-    traffic = []
-    for seed in FIT_SEEDS:
-        for rate in rates:
-            arrivals = list(generate(LENGTHS, rate, seconds, seed, plan.max_model_len))
-            traffic.append(Replayed(arrivals, await send(session, info, model, arrivals)))
-    cost = refine(plan, plan.cost, traffic)
-    print(f"from groups: {plan.cost}\nfrom traffic: {cost}", flush=True)
-    return cost
+async def traffic(
+    target: Target, longest: int, rate: float, seconds: float, seeds: Sequence[int]
+) -> dict[int, list[Replayed]]:
+    """What was sent at one rate, by seed."""
+    sent: dict[int, list[Replayed]] = {}
+    for seed in seeds:
+        arrivals = list(generate(LENGTHS, rate, seconds, seed, longest))
+        sent.setdefault(seed, []).append(await target.send(arrivals))
+    return sent
 
 
-async def check(
-    session: aiohttp.ClientSession,
-    info: EngineInfo,
-    model: str,
-    plan: PoolPlan,
-    rate: float,
-    seconds: float,
-) -> None:
-    """Replay one trace against the engine and against the simulator, and print both."""
-    arrivals = list(generate(LENGTHS, rate, seconds, CHECK_SEED, plan.max_model_len))
+def compare(plan: PoolPlan, runs: Sequence[Replayed]) -> None:
+    """Print what runs of the same arrivals came to beside what the simulator makes of them."""
+    arrivals = runs[0].arrivals
     outcome = simulate(arrivals, [with_cost(plan, plan.cost)], 2.0)
-    began = time.monotonic()
-    timed = await send(session, info, model, arrivals)
-    wall = time.monotonic() - began
-    ttfts = sorted(one.ttft for one in timed)
+    ttfts = sorted(timed.ttft for run in runs for timed in run.timed)
     gaps = sorted(
-        (one.done - one.ttft) / (arrival.output_tokens - 1)
-        for one, arrival in zip(timed, arrivals, strict=True)
+        (timed.done - timed.ttft) / (arrival.output_tokens - 1)
+        for run in runs
+        for timed, arrival in zip(run.timed, arrivals, strict=True)
         if arrival.output_tokens > 1
     )
-    generated = sum(arrival.output_tokens for arrival in arrivals)
+    generated = len(runs) * sum(arrival.output_tokens for arrival in arrivals)
+    seconds = sum(
+        max(arrival.time + timed.done for timed, arrival in zip(run.timed, arrivals, strict=True))
+        for run in runs
+    )
     rows = (
         ("TTFT p50, s", quantile(ttfts, 0.5), outcome.ttft_p50),
         ("TTFT p95, s", quantile(ttfts, 0.95), outcome.ttft_p95),
         ("per token p50, s", quantile(gaps, 0.5), outcome.token_p50),
         ("per token p95, s", quantile(gaps, 0.95), outcome.token_p95),
-        ("tokens/s", generated / wall, outcome.tokens_per_s),
+        ("tokens/s", generated / seconds, outcome.tokens_per_s),
     )
-    print(f"{len(arrivals)} requests, {rate:g} a second for {seconds:g} s")
     for name, real, simulated in rows:
         print(
             f"{name:18} real {real:9.4f}  simulated {simulated:9.4f}  {simulated / real - 1:+.0%}"
@@ -190,7 +179,7 @@ async def run(args: argparse.Namespace, config: AppConfig) -> None:
     known = read_measured(args.check) if args.check else None
     base = known or Measured(
         measured_on=args.label or f"{config.served_model_name}, pool {args.pool}, on {machine()}",
-        layers=len(info.rules),
+        layers=read_model_config(config.model).shape.layers,
         kv_tokens=info.kv_tokens,
         start_s=round(started, 1),
         step_s=0,
@@ -204,17 +193,25 @@ async def run(args: argparse.Namespace, config: AppConfig) -> None:
     connector = aiohttp.TCPConnector(limit=0)
     try:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            model = config.served_model_name
+            target = Target(session, info, config.served_model_name)
             if known is None:
-                plan = replace(plan, cost=await measure(session, info, model, plan))
-                if args.rates:
-                    cost = await calibrate(session, info, model, plan, args.rates, args.seconds)
-                    plan = replace(plan, cost=cost)
+                plan = replace(plan, cost=await measure(target, plan))
+            seeds = (CHECK, CHECK) if known else (FIT, CHECK, CHECK, FIT_TOO)
+            sent = {
+                rate: await traffic(target, plan.max_model_len, rate, args.seconds, seeds)
+                for rate in args.rates
+            }
+            if known is None:
+                seen = [
+                    run for runs in sent.values() for seed in (FIT, FIT_TOO) for run in runs[seed]
+                ]
+                plan = replace(plan, cost=refine(plan, plan.cost, seen) if seen else plan.cost)
                 fitted = base.model_copy(update=asdict(plan.cost))
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps(fitted.model_dump(), indent=2) + "\n")
-            for rate in args.rates:
-                await check(session, info, model, plan, rate, args.seconds)
+            for rate, runs in sent.items():
+                print(f"{rate:g} a second: {len(runs[CHECK][0].arrivals)} requests, twice")
+                compare(plan, runs[CHECK])
     finally:
         await engine.stop(0)
 

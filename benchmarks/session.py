@@ -98,6 +98,7 @@ class Session:
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # as `local-attention serve` has it
             "RAY_raylet_start_wait_time_s": "120",  # several sessions may start at once
             "HF_HUB_OFFLINE": "1",
             **(_ha_proxy(self._directory) if system.door == "ha-proxy" else {}),

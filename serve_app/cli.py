@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -103,7 +103,7 @@ def _serve_run(deployment: Path, url: str) -> int:
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(deployment)]  # `serve run`
     # A shell's background job ignores SIGINT, and the child would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    child = subprocess.Popen(command, env={**QUIET, **os.environ})
+    child = subprocess.Popen(command, env=server_environment(os.environ))
     # Ctrl-C reaches the child by itself; SIGTERM must end it as Ctrl-C does, which stops Serve.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT))
@@ -111,6 +111,15 @@ def _serve_run(deployment: Path, url: str) -> int:
     for state in _states(url, child):
         _notes.print(f"[{time.monotonic() - started:4.0f} s] {state}", markup=False)
     return child.wait()
+
+
+def server_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """What Ray and the engines start with; what is in ``own`` already wins.
+
+    Ray gives its workers niceness 15, so that whatever else runs on the machine comes before
+    engines and gateways. Here they are what the machine is for.
+    """
+    return {**QUIET, "RAY_worker_niceness": "0", **own}
 
 
 def _states(url: str, child: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -22,6 +22,8 @@ import httpx
 import psutil
 import yaml
 
+from serve_app.cli import server_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 90
@@ -78,10 +80,9 @@ class Server:
         self._settings = settings
         config = self._write(scale or {})
         self._log = self._directory / "log"
-        environment = os.environ | {
+        environment = server_environment(os.environ) | {
             "RAY_ADDRESS": "local",  # never join a cluster that happens to run here
             "RAY_TMPDIR": str(self._directory),
-            "RAY_USAGE_STATS_ENABLED": "0",
             "HF_HUB_OFFLINE": "1",
         }
         with self._log.open("w") as log:

@@ -349,3 +349,10 @@ def test_offline_prints_text_that_depends_on_the_pattern(model: Path) -> None:
     wide = offline(model, "--sliding-window", "1024")
     assert len(wide) == 24 + 1
     assert offline(model, "--sliding-window", "32") != wide
+
+
+def test_what_the_user_sets_wins_over_what_the_server_starts_with() -> None:
+    started = cli.server_environment({"RAY_worker_niceness": "5", "HOME": "/home/me"})
+    assert started["RAY_worker_niceness"] == "5"
+    assert started["HOME"] == "/home/me"
+    assert started["VLLM_NO_USAGE_STATS"] == "1"

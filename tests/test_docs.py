@@ -17,7 +17,8 @@ from serve_app.proposal import propose
 from serve_app.quality.picture import NOTATION
 from tests.test_advice import LLAMA_8B
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 OPERATION = (DOCS / "operation.md").read_text(encoding="utf-8")
 
 
@@ -29,6 +30,29 @@ def errors(of: type[RequestError] = RequestError) -> Iterator[type[RequestError]
 
 def shown_name(metric: Metric) -> str:
     return f"{metric.name}_total" if metric.type == "counter" else metric.name
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that headings of a Markdown page have on the usual hosts."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def test_every_link_between_the_pages_leads_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        for target, _, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)(#([^)]+))?\)", text):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(linked), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_readmes_figures_point_to_their_rows() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = readme.split("## What it does under load")[1].split("\n\n")[1].splitlines()[2:]
+    assert len(rows) >= 5
+    assert all("docs/measurements.md#" in row for row in rows)
 
 
 def test_every_metric_is_in_the_table_with_its_type() -> None:
