@@ -15,6 +15,7 @@ Usage, in the shell, one balancer for each pool and gateway::
     balancer = Balancer()
     balancer.update({name: budget.share(gateways) for name in alive})          # each discovery
     lease = balancer.acquire("req-1", cost, length_class, key=prefix_key)      # None: no room
+    balancer.reserve("req-1")         # it waited too long: the next room of one replica is its own
     balancer.prefilled(lease)         # at the first token
     balancer.release(lease)           # in ``finally``; more than once is harmless
     balancer.eject(name, State.SILENT, now)   # a watchdog fired; or State.DEAD: the call broke
@@ -182,29 +183,36 @@ class Balancer:
         *,
         key: str | None = None,
         avoid: Collection[str] = (),
-        reserve: bool = False,
     ) -> Lease | None:
         """Take room for a request, or return None where no replica has any.
 
-        ``avoid`` names replicas already tried. With ``reserve``, a request that finds no room
-        keeps one replica from taking others, so that it will; a pool has one reservation at most.
+        ``avoid`` names replicas already tried.
         """
-        kept = self._reserved[1] if self._reserved and self._reserved[0] != request else None
-        open_ = [
-            replica
-            for replica in self._replicas.values()
-            if replica.state is State.LIVE and replica.name not in avoid and replica.name != kept
-        ]
-        able = [replica for replica in open_ if replica.has_room(cost, length_class)]
+        able = [r for r in self._open_to(request, avoid) if r.has_room(cost, length_class)]
         if not able:
-            if reserve and open_ and self._reserved is None:
-                self._reserved = (request, min(open_, key=lambda replica: replica.load).name)
             return None
         replica = _choose(able, cost, length_class, key)
         lease = Lease(request, replica.name, length_class, cost)
         replica.add(lease)
         self.forget(request)
         return lease
+
+    def reserve(self, request: str, avoid: Collection[str] = ()) -> None:
+        """Keep one replica from taking others, so that this request will find room there.
+
+        A pool has one reservation at most: nothing happens while there is one.
+        """
+        open_ = self._open_to(request, avoid)
+        if open_ and self._reserved is None:
+            self._reserved = (request, min(open_, key=lambda replica: replica.load).name)
+
+    def _open_to(self, request: str, avoid: Collection[str]) -> list[_Replica]:
+        kept = self._reserved[1] if self._reserved and self._reserved[0] != request else None
+        return [
+            replica
+            for replica in self._replicas.values()
+            if replica.state is State.LIVE and replica.name not in avoid and replica.name != kept
+        ]
 
     def prefilled(self, lease: Lease) -> None:
         """The first token came: the prefill is done."""

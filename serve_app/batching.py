@@ -208,14 +208,14 @@ class Batcher:
         # A release can end the reservation that held back a lane visited before it.
         while visited := self._visit_lanes(now):
             released += visited
+        self._keep_room(now)
         self._rate.backlog(bool(self._where), now)
         return Step(tuple(released), expired)
 
     def _visit_lanes(self, now: float) -> list[tuple[Waiting, Lease]]:
         """Release from each lane in turn until none finds room."""
         released: list[tuple[Waiting, Lease]] = []
-        used = (lane for lane in self._lanes.values() if lane.queue)
-        lanes = sorted(used, key=lambda lane: lane.rank(now))
+        lanes = self._ranked(now)
         while lanes:
             lane = lanes.pop(0)
             run = self._release_run(lane, now)
@@ -223,6 +223,20 @@ class Batcher:
             if run and lane.queue:
                 lanes.append(lane)  # its next turn comes after the others'
         return released
+
+    def _keep_room(self, now: float) -> None:
+        """Have a replica kept free for the lane that starves longest, unless one is kept already.
+
+        Only after all releases: one of them may have used the reservation, and the next belongs to
+        the first in rank, not to whoever is visited after it.
+        """
+        for lane in self._ranked(now):
+            if lane.starved_at <= now:
+                self._balancer.reserve(lane.head.id, lane.head.avoid)
+
+    def _ranked(self, now: float) -> list[_Lane]:
+        used = (lane for lane in self._lanes.values() if lane.queue)
+        return sorted(used, key=lambda lane: lane.rank(now))
 
     def finish(self, lease: Lease, now: float) -> bool:
         """Give back what a lease holds, however its request ended. False if done before."""
@@ -272,12 +286,7 @@ class Batcher:
         while lane.queue and spent < self._limits.run_tokens:
             head = lane.head
             lease = self._balancer.acquire(
-                head.id,
-                head.cost,
-                lane.edge,
-                key=head.key,
-                avoid=head.avoid,
-                reserve=lane.starved_at <= now,
+                head.id, head.cost, lane.edge, key=head.key, avoid=head.avoid
             )
             if lease is None:
                 break

@@ -104,7 +104,8 @@ def test_a_reservation_keeps_a_replica_until_the_large_request_fits() -> None:
     pool = balancer(1)
     running = [take(pool, f"{number}", 1000) for number in range(8)]
     large = Cost(60_000, 95_000)
-    assert pool.acquire("large", large, 65536, reserve=True) is None
+    assert pool.acquire("large", large, 65536) is None
+    pool.reserve("large")
     for lease in running[:4]:
         pool.release(lease)
         assert pool.acquire("small", Cost(10, 20), 4096) is None  # the room is kept
@@ -118,7 +119,8 @@ def test_a_reservation_keeps_a_replica_until_the_large_request_fits() -> None:
 def test_a_reservation_ends_with_its_request_or_replica(how: str) -> None:
     pool = balancer(1)
     lease = take(pool, "running", 1000)
-    assert pool.acquire("large", Cost(0, 100_000), 65536, reserve=True) is None
+    assert pool.acquire("large", Cost(0, 100_000), 65536) is None
+    pool.reserve("large")
     assert pool.acquire("small", Cost(1, 1), 4096) is None
     if how == "forget":
         pool.forget("large")
@@ -225,17 +227,17 @@ class Accounting(RuleBasedStateMachine):
     def acquire(self, prefill: int, kv: int, edge: int, key: str | None, reserve: bool) -> None:
         self.count += 1
         before = self.pool.loads()
-        lease = self.pool.acquire(
-            f"{self.count}", Cost(prefill, kv), edge, key=key, reserve=reserve
-        )
+        lease = self.pool.acquire(f"{self.count}", Cost(prefill, kv), edge, key=key)
         if lease is not None:
             assert before[lease.replica].state is State.LIVE
             assert before[lease.replica].requests == 0 or (
                 before[lease.replica].kv + kv <= BUDGET.kv
             )
             self.held[lease] = prefill
-        elif reserve and self.count % 2:
-            self.pool.forget(f"{self.count}")
+        elif reserve:
+            self.pool.reserve(f"{self.count}")
+            if self.count % 2:
+                self.pool.forget(f"{self.count}")
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +22,7 @@ from serve_app.batching import Batcher, BatchingLimits, Priority, Waiting
 from serve_app.errors import Overloaded
 
 LIMITS = BatchingLimits(edges=(1024, 4096, 65536), max_queued=100, max_wait_s=2, batch_max_wait_s=8)
+PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
 BUDGET = Budget(prefill=8_000, kv=100_000)
 
 
@@ -206,57 +210,138 @@ def test_the_next_step_is_due_when_a_class_starves() -> None:
     assert batcher.next_deadline(2.5) is None  # its replica is kept; only events help now
 
 
-ARRIVALS = st.lists(
-    st.tuples(
-        st.floats(0, 1.5),  # after the one before
-        st.sampled_from([50, 1000, 4000, 30_000, 90_000, 200_000]),
-        st.sampled_from(["interactive", "interactive", "batch"]),
-        st.floats(0.05, 3.0),  # runs for
-    ),
-    min_size=1,
-    max_size=60,
-)
+@dataclass(frozen=True)
+class Kind:
+    """Requests of one lane that cost and run alike."""
+
+    tokens: int
+    priority: Priority
+    runs: float  # seconds
+
+    @property
+    def lane(self) -> tuple[int, Priority]:
+        return LIMITS.length_class(self.tokens), self.priority
 
 
-@settings(max_examples=400, deadline=None)
-@given(arrivals=ARRIVALS, replicas=st.integers(1, 3), flood=st.integers(1, 8))
-def test_no_head_waits_longer_than_the_bound_whatever_arrives(
-    arrivals: list[tuple[float, int, Priority, float]], replicas: int, flood: int
-) -> None:
-    """A head is released within its bound and one drain for each lane, under any arrivals."""
-    batcher, _ = pool(replicas)
+def kinds(*tokens: int) -> st.SearchStrategy[Kind]:
+    return st.builds(
+        Kind, st.sampled_from(tokens), st.sampled_from(PRIORITIES), st.floats(0.05, 1.0)
+    )
+
+
+def longest_wait_over_bound(
+    batcher: Batcher,
+    arrivals: list[tuple[float, Kind]],
+    always: Sequence[Kind] = (),
+    until: float = math.inf,
+) -> float:
+    """How far beyond its bound the head of any lane waited, at most, in seconds.
+
+    Of each kind in ``always`` two requests wait at every moment. The clock stops when everything
+    is served, or at ``until``; what waits then has waited so long.
+    """
+    events = [(at, number, kind) for number, (at, kind) in enumerate(arrivals)]
+    heapq.heapify(events)
     ends: list[tuple[float, int, Lease]] = []
-    events: list[tuple[float, int, Waiting, float]] = []
-    clock = 0.0
-    for number, (gap, tokens, priority, runs) in enumerate(arrivals):
-        clock += gap / flood
-        heapq.heappush(events, (clock, number, waiting(f"{number}", tokens, clock, priority), runs))
-    durations = {f"{number}": runs for number, (_, _, _, runs) in enumerate(arrivals)}
-    longest = max(durations.values())
-    last_served: dict[tuple[int, Priority], float] = defaultdict(lambda: -math.inf)
-    lanes = len({(LIMITS.length_class(tokens), priority) for _, tokens, priority, _ in arrivals})
-    waits: list[tuple[float, float]] = []
-    now, count = 0.0, 0
-    while events or ends or len(batcher):
+    queued: dict[str, tuple[float, Kind]] = {}
+    head_since: dict[tuple[int, Priority], float] = defaultdict(lambda: -math.inf)
+    numbers = itertools.count()
+    worst = -math.inf
+    now = 0.0
+
+    def add(kind: Kind) -> None:
+        name = f"{next(numbers)}"
+        queued[name] = (now, kind)
+        batcher.add(waiting(name, kind.tokens, now, kind.priority))
+
+    def over(name: str) -> float:
+        arrived, kind = queued[name]
+        return now - max(arrived, head_since[kind.lane]) - LIMITS.bound(kind.priority)
+
+    for kind in always:
+        add(kind)
+        add(kind)
+    while True:
+        for request, lease in batcher.step(now).released:
+            kind = queued[request.id][1]
+            worst = max(worst, over(request.id))
+            head_since[kind.lane] = now
+            del queued[request.id]
+            heapq.heappush(ends, (now + kind.runs, next(numbers), lease))
+            if kind in always:
+                add(kind)
         times = [queue[0][0] for queue in (events, ends) if queue]
         if (due := batcher.next_deadline(now)) is not None:
             times.append(due)
-        assert times, "requests wait, but nothing will ever happen"
+        if not times or min(times) > until:
+            break
         now = max(now, min(times))
         while ends and ends[0][0] <= now:
             assert batcher.finish(heapq.heappop(ends)[2], now)
         while events and events[0][0] <= now:
-            batcher.add(heapq.heappop(events)[2])
-        for request, lease in batcher.step(now).released:
-            count += 1
-            heapq.heappush(ends, (now + durations[request.id], count, lease))
-            key = (LIMITS.length_class(request.tokens), request.priority)
-            head_since = max(request.arrived, last_served[key])
-            waits.append((now - head_since, LIMITS.bound(request.priority)))
-            last_served[key] = now
-    assert len(waits) == len(arrivals)
-    for wait, bound in waits:
-        assert wait <= bound + lanes * longest + 1e-6
+            add(heapq.heappop(events)[2])
+    assert times or not queued, "requests wait, but nothing will ever happen"
+    return max([worst, *map(over, queued)])
+
+
+def drain_of_each(kinds: Iterable[Kind]) -> float:
+    """What the module promises beyond the bound: one drain for each lane."""
+    kinds = list(kinds)
+    return len({kind.lane for kind in kinds}) * max(kind.runs for kind in kinds) + 1e-6
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.floats(0, 1.5), kinds(50, 1000, 4000, 30_000, 90_000, 200_000)),
+        min_size=1,
+        max_size=60,
+    ),
+    replicas=st.integers(1, 3),
+    flood=st.integers(1, 8),
+)
+def test_no_head_waits_longer_than_the_bound_whatever_arrives(
+    arrivals: list[tuple[float, Kind]], replicas: int, flood: int
+) -> None:
+    times = itertools.accumulate(gap / flood for gap, _ in arrivals)
+    timed = [(at, kind) for at, (_, kind) in zip(times, arrivals, strict=True)]
+    batcher, _ = pool(replicas)
+    assert longest_wait_over_bound(batcher, timed) <= drain_of_each(kind for _, kind in timed)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.sampled_from([500, 1000]),
+    gap=st.floats(0.02, 0.04),
+    runs=st.floats(0.5, 1.0),
+    others=st.lists(
+        st.tuples(st.floats(1, 3), kinds(4000, 30_000, 90_000)), min_size=1, max_size=6
+    ),
+    replicas=st.integers(1, 2),
+)
+def test_a_stream_of_short_requests_that_never_ends_starves_no_longer_one(
+    tokens: int, gap: float, runs: float, others: list[tuple[float, Kind]], replicas: int
+) -> None:
+    """Some short ones always run, so no replica is ever empty unless it is kept free."""
+    short = Kind(tokens, "interactive", runs)
+    until = 3 + LIMITS.batch_max_wait_s + 6
+    stream = [(gap * number, short) for number in range(int(until / gap))]
+    batcher, _ = pool(replicas, limits=replace(LIMITS, max_queued=10**6))
+    drain = drain_of_each([short, *(kind for _, kind in others)])
+    assert longest_wait_over_bound(batcher, [*stream, *others], until=until) <= drain
+
+
+LANES = list(itertools.product((1000, 4000, 60_000), PRIORITIES))
+
+
+@settings(max_examples=60, deadline=None)
+@given(runs=st.lists(st.floats(0.5, 3.0), min_size=len(LANES), max_size=len(LANES)))
+def test_where_every_lane_is_always_full_each_has_its_turn(runs: list[float]) -> None:
+    """There is room for one request at a time, and two of each lane want it at every moment."""
+    always = [Kind(*lane, seconds) for lane, seconds in zip(LANES, runs, strict=True)]
+    batcher, _ = pool(1, Budget(prefill=1, kv=1))
+    until = LIMITS.batch_max_wait_s + 2 * len(LANES) * max(runs)
+    assert longest_wait_over_bound(batcher, [], always, until) <= drain_of_each(always)
 
 
 def test_a_lane_held_back_by_a_reservation_goes_as_soon_as_that_is_used() -> None:
