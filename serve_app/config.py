@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -66,6 +67,14 @@ class GatewayConfig(_Strict):
         default=2.0, gt=0, description="Load sent to an engine, as a multiple of its room."
     )
     max_queued: int = Field(default=256, ge=1, description="Requests of one length that wait.")
+    length_edges: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=tuple(2**power for power in range(9, 21)),
+        min_length=1,
+        description="Upper ends of the length classes, in tokens of prompt and output budget.",
+    )
+    run_tokens: int = Field(
+        default=16_384, ge=1, description="Cost of what one length releases before the next."
+    )
     max_wait_s: float = Field(default=2.0, gt=0, description="Before a waiting length is served.")
     batch_max_wait_s: float = Field(default=30.0, gt=0, description="For x-priority: batch.")
     first_token_timeout_s: float = Field(default=300, gt=0)
@@ -78,6 +87,16 @@ class GatewayConfig(_Strict):
         default=None, description="Where traces go, such as http://127.0.0.1:4318; off without."
     )
     limits: Limits = Limits()
+
+    @field_validator("length_edges")
+    @classmethod
+    def _rising(cls, edges: tuple[int, ...]) -> tuple[int, ...]:
+        for before, edge in pairwise(edges):
+            if edge <= before:
+                raise ValueError(
+                    f"each length must be greater than the one before, but {edge} follows {before}."
+                )
+        return edges
 
 
 class Autoscaling(_Strict):

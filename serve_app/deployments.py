@@ -123,8 +123,7 @@ class GatewayDeployment:
         ]
         self._tracer = Tracer.configured(gateway.otlp_endpoint)
         keys = read_keys(config)
-        metrics = GatewayMetrics(me if gateway.replicas > 1 else None)
-        self._app = create_app(config, self._router, metrics, keys, self._tracer)
+        self._app = create_app(config, self._router, _metrics(config, me), keys, self._tracer)
         if listen is not None:  # all gateways of a node listen on the same port
             await self._look_around()
             self._port = Port(identified(self._app), listen, shared=True)
@@ -168,11 +167,17 @@ def _pool(config: AppConfig, name: str) -> Pool:
         cold_start_s=gateway.first_token_timeout_s if pool.scales_from_zero else None,
         share=Share(gateways=gateway.replicas, overcommit=gateway.overcommit),
         limits=BatchingLimits(
+            edges=gateway.length_edges,
+            run_tokens=gateway.run_tokens,
             max_queued=gateway.max_queued,
             max_wait_s=gateway.max_wait_s,
             batch_max_wait_s=gateway.batch_max_wait_s,
         ),
     )
+
+
+def _metrics(config: AppConfig, gateway: str) -> GatewayMetrics:
+    return GatewayMetrics(gateway if config.gateway.replicas > 1 else None)
 
 
 def _demand(config: AppConfig, pool: Pool, gateway: str) -> Callable[[], tuple[Demand, ...]]:

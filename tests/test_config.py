@@ -70,6 +70,16 @@ def test_a_pools_arguments_win_over_the_files(tmp_path: Path) -> None:
         ),
         ({"gateway": {"port": 1}}, r"The key gateway\.port is not known\."),
         (
+            {"gateway": {"length_edges": [512, 2048, 2048]}},
+            r"gateway\.length_edges: each length must be greater .* but 2048 follows 2048\.",
+        ),
+        ({"gateway": {"length_edges": []}}, r"gateway\.length_edges is \[\], but .* at least 1"),
+        (
+            {"gateway": {"length_edges": [0, 2]}},
+            r"gateway\.length_edges\.0 is 0, but .* equal to 1",
+        ),
+        ({"gateway": {"run_tokens": 0}}, r"gateway\.run_tokens is 0, but .* equal to 1"),
+        (
             {"pools": {"a": {"max_model_len": 64, "replicas": 2, "autoscaling": BOUNDS}}},
             r"pools\.a: set replicas or autoscaling, not both\.",
         ),
@@ -129,3 +139,9 @@ def test_an_autoscaled_pool_needs_room_for_its_least_replicas() -> None:
     assert pool(min_replicas=0).least_replicas == 1
     assert pool(min_replicas=0).scales_from_zero
     assert not pool().scales_from_zero
+
+
+def test_length_classes_are_read(tmp_path: Path) -> None:
+    config = load(tmp_path, whole(gateway={"length_edges": [1024, 8192], "run_tokens": 4096}))
+    assert config.gateway.length_edges == (1024, 8192)
+    assert config.gateway.run_tokens == 4096
