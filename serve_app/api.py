@@ -79,7 +79,7 @@ def create_app(
 
         def work() -> tuple[dict[str, Any], Estimate]:
             body = check_body(raw, path, config.gateway.limits)
-            return body, lengths.estimate(body, len(raw))
+            return body, lengths.estimate(body)
 
         return await asyncio.to_thread(work) if len(raw) > _LARGE_BODY_BYTES else work()
 

@@ -12,7 +12,7 @@ estimate never refuses a request: one that fits no pool goes to the longest, who
 Usage, in the shell::
 
     lengths = LengthEstimator(default_output_tokens=256)    # one for each served model
-    estimate = lengths.estimate(body, len(raw))             # body is None where it is not parsed
+    estimate = lengths.estimate(body)
     pool = smallest(pool for pool in pools if estimate.fit_tokens <= pool.max_model_len)
     ...
     lengths.observe(estimate, usage["prompt_tokens"])       # once, when the answer carried usage
@@ -36,7 +36,6 @@ _DEFAULT_RATES = {
     "other": 0.30,  # every other script, and emoji
     "messages": 5.0,  # what a chat template writes around each message
     "tools": 120.0,  # what a chat template writes around the list of tools
-    "body": 0.24,  # every byte of a body that was not parsed
 }
 _SCRIPTS = ("latin", "code", "dense", "cjk", "other")
 
@@ -77,7 +76,6 @@ class Estimate:
     fit_tokens: int
     exact: bool
     features: Mapping[str, float]
-    body_bytes: int
 
     @property
     def total_tokens(self) -> int:
@@ -108,21 +106,19 @@ class LengthEstimator:
             return self._rates[feature]
         return known * self._rates[feature] + (1 - known) * _DEFAULT_RATES[feature] * self._scale()
 
-    def estimate(self, body: Mapping[str, Any] | None, body_bytes: int) -> Estimate:
-        """Estimate a parsed body, or one of which only the size is known (``body`` is None).
+    def estimate(self, body: Mapping[str, Any]) -> Estimate:
+        """Estimate a parsed body.
 
         Takes what it understands and never raises: refusing a wrong body is not its work.
         """
-        if body is None:
-            return self._conclude({"body": float(body_bytes)}, {}, body_bytes, share=1.0)
         prompt = body.get("prompt")
         if "messages" not in body and isinstance(prompt, list) and prompt:
             if counts := _token_id_counts(prompt):
-                return self._exact(counts, body, body_bytes)
+                return self._exact(counts, body)
             longest = max((len(text) for text in prompt if isinstance(text, str)), default=0)
             share = longest / max(1, sum(len(text) for text in prompt if isinstance(text, str)))
-            return self._conclude(_features(body), body, body_bytes, share, prompts=len(prompt))
-        return self._conclude(_features(body), body, body_bytes, share=1.0)
+            return self._conclude(_features(body), body, share, prompts=len(prompt))
+        return self._conclude(_features(body), body, share=1.0)
 
     def observe(self, estimate: Estimate, exact_prompt_tokens: int) -> None:
         """Learn from an answer. ``exact_prompt_tokens`` is its ``usage.prompt_tokens``."""
@@ -132,8 +128,6 @@ class LengthEstimator:
         if self._answers < _WARM_UP:  # it may have been made before anything was learned
             expected = self._tokens(estimate.features)
         self._remember((exact_prompt_tokens - expected) / (expected + _SLACK))
-        if "body" not in estimate.features:  # a parsed body teaches what an unparsed one costs
-            self._learn({"body": float(estimate.body_bytes)}, exact_prompt_tokens)
         self._learn(estimate.features, exact_prompt_tokens)
 
     def _tokens(self, features: Mapping[str, float]) -> float:
@@ -186,7 +180,7 @@ class LengthEstimator:
         doubt = _FIRST_MARGIN / count  # a few answers do not prove much
         self._margin = max(_LEAST_MARGIN, learned) + doubt
 
-    def _exact(self, counts: list[int], body: Mapping[str, Any], body_bytes: int) -> Estimate:
+    def _exact(self, counts: list[int], body: Mapping[str, Any]) -> Estimate:
         output = self._output_tokens(body)
         return Estimate(
             prompt_tokens=sum(counts),
@@ -195,14 +189,12 @@ class LengthEstimator:
             fit_tokens=max(counts) + output,
             exact=True,
             features={},
-            body_bytes=body_bytes,
         )
 
     def _conclude(
         self,
         features: Mapping[str, float],
         body: Mapping[str, Any],
-        body_bytes: int,
         share: float,
         prompts: int = 1,
     ) -> Estimate:
@@ -218,7 +210,6 @@ class LengthEstimator:
             fit_tokens=max(1, int(padded + 1)) + output,
             exact=False,
             features=features,
-            body_bytes=body_bytes,
         )
 
     def _output_tokens(self, body: Mapping[str, Any]) -> int:

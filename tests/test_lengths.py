@@ -92,7 +92,7 @@ def serve(
     missed, padding = [], []
     for _ in range(requests):
         body = chat(rng)
-        estimate = lengths.estimate(body, len(json.dumps(body)))
+        estimate = lengths.estimate(body)
         exact = exact_chat_tokens(body, tokenize, overhead)
         missed.append(estimate.fit_tokens < exact + estimate.output_tokens)
         if exact > 1000:
@@ -121,7 +121,7 @@ def test_a_new_tokenizer_is_learned_again(bpe: Tokenize) -> None:
     errors = []
     for number in range(900):
         body = chat(rng)
-        estimate = lengths.estimate(body, 0)
+        estimate = lengths.estimate(body)
         exact = exact_chat_tokens(body, bpe if number < 300 else byte_tokens, 5)
         errors.append(abs(estimate.prompt_tokens / exact - 1))
         lengths.observe(estimate, exact)
@@ -137,7 +137,7 @@ def test_a_new_tokenizer_is_learned_again(bpe: Tokenize) -> None:
     ],
 )
 def test_token_ids_are_exact(prompt: Any, tokens: int, sequences: int, longest: int) -> None:
-    estimate = LengthEstimator().estimate({"prompt": prompt, "max_tokens": 7}, 99)
+    estimate = LengthEstimator().estimate({"prompt": prompt, "max_tokens": 7})
     assert estimate.exact
     assert (estimate.prompt_tokens, estimate.sequences) == (tokens, sequences)
     assert estimate.fit_tokens == longest + 7
@@ -156,14 +156,14 @@ def test_token_ids_are_exact(prompt: Any, tokens: int, sequences: int, longest: 
     ],
 )
 def test_output_budget(body: dict[str, Any], output: int, sequences: int) -> None:
-    estimate = LengthEstimator(default_output_tokens=256).estimate(body, 50)
+    estimate = LengthEstimator(default_output_tokens=256).estimate(body)
     assert (estimate.output_tokens, estimate.sequences) == (output, sequences)
 
 
 def test_a_list_of_prompts_fits_by_its_longest() -> None:
     lengths = LengthEstimator()
-    one = lengths.estimate({"prompt": "word " * 4000}, 0)
-    many = lengths.estimate({"prompt": ["word " * 4000, *["word " * 40] * 100]}, 0)
+    one = lengths.estimate({"prompt": "word " * 4000})
+    many = lengths.estimate({"prompt": ["word " * 4000, *["word " * 40] * 100]})
     assert many.fit_tokens == pytest.approx(one.fit_tokens, rel=0.02)
     assert many.prompt_tokens > 1.8 * one.prompt_tokens
 
@@ -172,32 +172,19 @@ def test_every_text_counts() -> None:
     lengths = LengthEstimator()
     text = "a word and another " * 50
     plain = {"messages": [{"role": "user", "content": text}]}
-    bare = lengths.estimate({"messages": [{"role": "user", "content": ""}]}, 0).prompt_tokens
-    expected = lengths.estimate(plain, 0).prompt_tokens
+    bare = lengths.estimate({"messages": [{"role": "user", "content": ""}]}).prompt_tokens
+    expected = lengths.estimate(plain).prompt_tokens
     call = {"type": "function", "function": {"name": "f", "arguments": text}}
     for message in (
         {"role": "user", "content": [{"type": "text", "text": text}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "assistant", "content": "", "reasoning_content": text},
     ):
-        estimate = lengths.estimate({"messages": [message]}, 0).prompt_tokens
+        estimate = lengths.estimate({"messages": [message]}).prompt_tokens
         assert estimate == pytest.approx(expected, rel=0.05)
     for key in ("tools", "functions", "documents"):
         extra = {**plain, key: [{"description": text}]}
-        assert lengths.estimate(extra, 0).prompt_tokens > 1.9 * expected - bare
-
-
-def test_a_body_of_which_only_the_size_is_known(bpe: Tokenize) -> None:
-    rng = random.Random(5)
-    lengths = LengthEstimator()
-    for _ in range(100):
-        body = chat(rng)
-        raw = len(json.dumps(body, ensure_ascii=False).encode())
-        lengths.observe(lengths.estimate(body, raw), exact_chat_tokens(body, bpe, 5))
-    body = {"messages": [{"role": "user", "content": excerpt(rng, ENGLISH, 40_000)}]}
-    estimate = lengths.estimate(None, len(json.dumps(body).encode()))
-    assert estimate.output_tokens == 256
-    assert estimate.prompt_tokens == pytest.approx(exact_chat_tokens(body, bpe, 5), rel=0.6)
+        assert lengths.estimate(extra).prompt_tokens > 1.9 * expected - bare
 
 
 JSON = st.recursive(
@@ -211,13 +198,12 @@ KEYS = ("messages", "prompt", "tools", "documents", "suffix", "n", "best_of", "m
 @settings(max_examples=150, deadline=None)
 @given(
     body=st.dictionaries(st.sampled_from(KEYS), JSON | st.text(alphabet="\ud800é漢🙂a")),
-    size=st.integers(0, 10**9),
     exact=st.integers(-1, 10**7),
 )
-def test_never_raises_and_stays_positive(body: dict[str, Any], size: int, exact: int) -> None:
+def test_never_raises_and_stays_positive(body: dict[str, Any], exact: int) -> None:
     lengths = LengthEstimator()
     for _ in range(3):
-        estimate = lengths.estimate(body, size)
+        estimate = lengths.estimate(body)
         assert estimate.prompt_tokens >= 0
         assert estimate.fit_tokens >= estimate.output_tokens
         lengths.observe(estimate, exact)
@@ -234,7 +220,7 @@ def test_a_large_body_costs_a_few_milliseconds(size: int, kind: str) -> None:
     spent = []
     for _ in range(15):
         began = time.perf_counter()
-        lengths.estimate(body, size)
+        lengths.estimate(body)
         spent.append(time.perf_counter() - began)
     assert min(spent) < 0.003
 
@@ -246,7 +232,7 @@ def test_a_first_answer_far_from_the_defaults_does_not_widen_the_margin() -> Non
     def body(text: str) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": text}]}
 
-    lengths.observe(lengths.estimate(body("wait for it " * 500), 6100), 6003)
-    short = lengths.estimate(body("What is the code of Ada, and why? " * 3), 200)
+    lengths.observe(lengths.estimate(body("wait for it " * 500)), 6003)
+    short = lengths.estimate(body("What is the code of Ada, and why? " * 3))
     assert short.prompt_tokens == pytest.approx(105, rel=0.2)
     assert short.fit_tokens < 400
