@@ -17,6 +17,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -43,7 +44,7 @@ from serve_app.lengths import Estimate, LengthEstimator
 from serve_app.metrics import GatewayMetrics
 from serve_app.pattern import FULL, LayerRule, in_words
 from serve_app.request import Call, EngineInfo
-from serve_app.router import Answer, Router
+from serve_app.router import Answer, Attempts, Router
 from serve_app.tracing import Tracer, trace_headers
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ _CLIENT_CLOSED = 499  # nginx's status for a client that left, which never sees 
 _MAX_HEADERS = 100
 _MAX_HEADER_BYTES = 32_768  # Serve's proxy has none of its own
 _LARGE_BODY_BYTES = 2**20
+_LOGGED_PATH = 128  # characters
 
 
 def create_app(
@@ -72,7 +74,9 @@ def create_app(
 
     def admit(request: Request) -> ApiKey | None:
         _check_headers(request)
-        return keys.check(request.headers.get("authorization")) if keys else None
+        key = keys.check(request.headers.get("authorization")) if keys else None
+        request.state.key_name = key.name if key else "-"
+        return key
 
     async def understand(raw: bytes, path: str) -> tuple[dict[str, Any], Estimate]:
         """Check, parse and measure a body: a large one aside, so that streams flow meanwhile."""
@@ -109,7 +113,7 @@ def create_app(
         if span:
             call = replace(call, trace=trace_headers(span))
         refund = partial(keys.refund, key) if keys and key else None
-        name = key.name if key else "-"
+        name = request.state.key_name
         return Relay(call, name, estimate, router, lengths, metrics, span, refund)
 
     @app.get("/v1/models")
@@ -143,13 +147,15 @@ def create_app(
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(RequestError)
-    async def explain(_request: Request, error: RequestError) -> Response:
+    async def explain(request: Request, error: RequestError) -> Response:
         metrics.sheds.labels(error.code).inc()
+        _log_refusal(request, error.status, error.code)
         return _error_response(error)
 
     @app.exception_handler(ClientDisconnect)
-    async def note_absence(_request: Request, _error: ClientDisconnect) -> Response:
+    async def note_absence(request: Request, _error: ClientDisconnect) -> Response:
         metrics.disconnects.inc()
+        _log_refusal(request, _CLIENT_CLOSED, "client_closed")
         return Response(status_code=_CLIENT_CLOSED)
 
     @app.exception_handler(Exception)
@@ -160,6 +166,7 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def explain_http(request: Request, error: HTTPException) -> Response:
         found = NotFound(f"There is no {request.method} {request.url.path} here.")
+        _log_refusal(request, error.status_code, found.code)
         response = _error_response(found)
         response.status_code = error.status_code
         return response
@@ -219,6 +226,7 @@ class Relay(Response):
         self._lengths = lengths
         self._metrics = metrics
         self._pool = "none"
+        self._attempts = Attempts()
         self._status = _CLIENT_CLOSED
         self._chunks = 0
         self.background = None
@@ -228,12 +236,15 @@ class Relay(Response):
         # proxy is in use, cancels this call, or the disconnect is received here.
         try:
             await _until_disconnect(receive, self._serve(scope, receive, send))
+        except Exception:  # a fault of our own: the client did not leave
+            self._status = RequestError.status
+            raise
         finally:
             self._conclude()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            answer = await self._router.route(self._call)
+            answer = await self._router.route(self._call, self._attempts)
         except RequestError as error:
             self._status = error.status
             self._refund(self._estimate.total_tokens)
@@ -251,8 +262,6 @@ class Relay(Response):
         self._pool = pool = answer.pool.name
         self._metrics.time_to_first_token.labels(pool).observe(self._elapsed())
         self._metrics.queue_wait.labels(pool).observe(answer.waited_s)
-        self._metrics.misroutes.inc(answer.misroutes)
-        self._metrics.retries.inc(answer.retries)
         if exact := answer.reply.prompt_tokens:
             self._metrics.estimated_tokens.inc(self._estimate.prompt_tokens)
             self._metrics.exact_tokens.inc(exact)
@@ -284,6 +293,8 @@ class Relay(Response):
         if self._status == _CLIENT_CLOSED:
             self._metrics.disconnects.inc()
             self._metrics.wasted_chunks.inc(self._chunks)
+        self._metrics.misroutes.inc(self._attempts.misroutes)
+        self._metrics.retries.inc(self._attempts.failures)
         self._metrics.requests.labels(self._pool, str(self._status)).inc()
         self._metrics.duration.labels(self._pool).observe(self._elapsed())
         if self._span:
@@ -396,6 +407,19 @@ def _deadline(request: Request, arrived: float) -> float | None:
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _log_refusal(request: Request, status: int, code: str) -> None:
+    """The log line of a request that ended before an engine was looked for."""
+    log.info(
+        "request id=%s key=%s method=%s path=%s status=%d code=%s",
+        _request_id(request.headers),
+        getattr(request.state, "key_name", "-"),
+        request.method,
+        quote(request.url.path)[:_LOGGED_PATH],  # a client's own words: one line, and not for ever
+        status,
+        code,
+    )
 
 
 def _error_response(error: RequestError) -> JSONResponse:

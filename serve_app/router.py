@@ -46,7 +46,7 @@ from serve_app.request import Call, Demand, EngineInfo
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # engines asked before a request is given up
+ATTEMPTS = 3  # engines that may fail before a request is given up
 RETRY_AFTER_S = 5.0  # what a client is told while no engine is alive
 _TTFT_WINDOW_S = 15.0  # of the time to first token that autoscaling is told
 _TTFT_SAMPLES = 1024
@@ -347,6 +347,19 @@ def _fail(turn: _Turn, error: RequestError) -> None:
 
 
 @dataclass(slots=True)
+class Attempts:
+    """What became of the engines that one call asked so far, however the call ends.
+
+    An engine that finds the call too long has not failed. It counts as a misroute where the
+    estimate had said that the call fits, of which there is one for each pool at most.
+    """
+
+    failures: int = 0
+    misroutes: int = 0
+    asked: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
 class Answer:
     """An engine's answer on its way to the client. Close it, whatever becomes of the client."""
 
@@ -355,8 +368,6 @@ class Answer:
     reply: Reply
     lease: Lease
     waited_s: float
-    misroutes: int = field(default=0, kw_only=True)
-    retries: int = field(default=0, kw_only=True)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The bytes in order. Raises ``EngineError`` when the engine fails half way."""
@@ -390,28 +401,26 @@ class Router:
         """The most tokens, prompt and output budget together, that any pool holds."""
         return self.pools[-1].limit
 
-    async def route(self, call: Call) -> Answer:
+    async def route(self, call: Call, attempts: Attempts | None = None) -> Answer:
         """Open ``call`` on an engine and return once its first bytes are here.
 
         A pool without a live engine is passed over for a larger one. Raises ``PromptTooLong``
         when no pool holds the call, ``EngineError`` when each engine asked has failed, and
-        whatever :meth:`Pool.lease` raises.
+        whatever :meth:`Pool.lease` raises. ``attempts`` is kept up to date, also where it raises.
         """
-        misroutes = 0
-        tried: set[str] = set()
+        attempts = attempts or Attempts()
         fitting = [pool for pool in self.pools if call.fit_tokens <= pool.limit]
         error: RequestError
         for pool in fitting or self.pools[-1:]:
             try:
-                answer = await self._ask(pool, call, tried)
+                answer = await self._ask(pool, call, attempts)
             except Unavailable as dead:
                 error = dead
                 continue
-            answer.misroutes = misroutes
             if answer.reply.too_long is None:
                 return answer
             answer.close()
-            misroutes += 1
+            attempts.misroutes += bool(fitting)  # else the estimate had said so
             error = self._too_long(call, answer.reply.too_long)
             if exact := answer.reply.prompt_tokens:
                 call = replace(call, total_tokens=exact + call.output_tokens)
@@ -424,17 +433,14 @@ class Router:
             param="messages" if call.path.startswith("/v1/chat") else "prompt",
         )
 
-    async def _ask(self, pool: Pool, call: Call, tried: set[str]) -> Answer:
-        """The answer of one of the pool's engines, whatever it says.
-
-        Engines that are asked are added to ``tried``, which holds for all pools together.
-        """
+    async def _ask(self, pool: Pool, call: Call, attempts: Attempts) -> Answer:
+        """The answer of one of the pool's engines, whatever it says."""
         began = time.monotonic()
-        while len(tried) < ATTEMPTS:
+        while attempts.failures < ATTEMPTS:
             cold = not pool.alive
-            lease = await pool.lease(call, frozenset(tried))
+            lease = await pool.lease(call, frozenset(attempts.asked))
             waited = time.monotonic() - began
-            tried.add(lease.replica)
+            attempts.asked.add(lease.replica)
             engine = pool.engine(lease)
             if engine is None:  # it left between the lease and now
                 pool.finish(lease)
@@ -442,8 +448,11 @@ class Router:
             reply = await self._try(pool, engine, lease, call)
             if reply is not None:
                 pool.prefilled(lease, None if cold else time.monotonic() - began)
-                return Answer(pool, engine, reply, lease, waited, retries=len(tried) - 1)
-        raise EngineError(f"{len(tried)} engines failed to answer; the last was of {pool.name}.")
+                return Answer(pool, engine, reply, lease, waited)
+            attempts.failures += 1
+        raise EngineError(
+            f"{attempts.failures} engines failed to answer; the last was of {pool.name}."
+        )
 
     async def _try(self, pool: Pool, engine: EngineInfo, lease: Lease, call: Call) -> Reply | None:
         """The engine's reply, or None if it failed and another may be asked."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import httpx
@@ -18,8 +20,8 @@ from serve_app.errors import EngineError
 from serve_app.keys import KeyRing, hash_key
 from serve_app.metrics import GatewayMetrics
 from serve_app.pattern import LocalAttention
-from serve_app.request import Call, EngineInfo
-from serve_app.router import Pool, Router
+from serve_app.request import Call, EngineInfo, EngineLoad
+from serve_app.router import Pool, Router, Share
 from serve_app.tracing import ENDPOINT_VARIABLE, Tracer
 
 CONFIG = AppConfig.model_validate(
@@ -31,7 +33,7 @@ CONFIG = AppConfig.model_validate(
         "pools": {"short": {"max_model_len": 1024}},
     }
 )
-ASK = {"model": "demo", "prompt": "hi", "max_tokens": 4}
+ASK: dict[str, Any] = {"model": "demo", "prompt": "hi", "max_tokens": 4}
 
 
 class FakeReply:
@@ -41,12 +43,20 @@ class FakeReply:
     content_type = "text/event-stream"
     prompt_tokens = 7
     refused = False
-    too_long = None
 
-    def __init__(self, *parts: bytes, dies: bool = False, hangs: bool = False) -> None:
+    def __init__(
+        self,
+        *parts: bytes,
+        dies: bool = False,
+        hangs: bool = False,
+        too_long: str | None = None,
+        pause_s: float = 0,
+    ) -> None:
         self.parts = parts
         self.dies = dies
         self.hangs = hangs
+        self.too_long = too_long
+        self.pause_s = pause_s
         self.opened = asyncio.Event()
         self.closed = asyncio.Event()
 
@@ -54,6 +64,7 @@ class FakeReply:
         self.opened.set()
         for part in self.parts:
             yield part
+            await asyncio.sleep(self.pause_s)
         if self.dies:
             raise EngineError("The engine died while it was answering.")
         if self.hangs:
@@ -63,8 +74,14 @@ class FakeReply:
         self.closed.set()
 
 
+OpenReply = Callable[[EngineInfo], Awaitable[FakeReply]]
+
+
 class Gateway:
-    """An application with one pool of one engine, which answers with ``reply``."""
+    """An application with one pool of one engine, which answers with ``reply``.
+
+    Or with other ``pools``, whose engines answer as ``open_reply`` says.
+    """
 
     def __init__(
         self,
@@ -72,19 +89,24 @@ class Gateway:
         keys: KeyRing | None = None,
         config: AppConfig = CONFIG,
         tracer: Tracer | None = None,
+        pools: Sequence[Pool] = (),
+        open_reply: OpenReply | None = None,
     ) -> None:
         self.pool = Pool("short", 1024)
         self.calls: list[Call] = []
         if reply is not None:
             self.pool.update([EngineInfo("e1", "short", "http://e1", "token")])
 
-        async def open_call(_engine: EngineInfo, call: Call) -> FakeReply:
+        async def open_call(engine: EngineInfo, call: Call) -> FakeReply:
             self.calls.append(call)
+            if open_reply is not None:
+                return await open_reply(engine)
             assert reply is not None
             return reply
 
         self.metrics = GatewayMetrics()
-        self.app = create_app(config, Router([self.pool], open_call), self.metrics, keys, tracer)
+        router = Router(pools or [self.pool], open_call)
+        self.app = create_app(config, router, self.metrics, keys, tracer)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app), base_url="http://gateway"
         )
@@ -201,6 +223,8 @@ async def test_a_failure_of_our_own_is_one_sentence_in_openais_shape() -> None:
         answer = await http.post("/v1/completions", json=ASK)
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "internal_error"
+    assert gateway.count("gateway_requests_total", pool="none", status="500") == 1
+    assert gateway.count("gateway_disconnects_total") == 0
 
 
 async def test_a_wrong_method_and_an_unknown_path_keep_their_status() -> None:
@@ -370,6 +394,13 @@ async def test_priority_deadline_and_prefix_reach_the_router() -> None:
     assert call.deadline == pytest.approx(call.arrived + 5)
 
 
+async def test_the_cache_key_in_the_body_wins_over_the_session() -> None:
+    gateway = Gateway(FakeReply(b"{}"))
+    ask = ASK | {"prompt_cache_key": "k"}
+    await gateway.http.post("/v1/completions", json=ask, headers={"x-session-id": "s"})
+    assert gateway.calls[0].prefix_key == "k"
+
+
 async def test_a_span_continues_the_clients_trace_and_is_continued_by_the_engine() -> None:
     spans = InMemorySpanExporter()
     gateway = Gateway(FakeReply(b"{}"), tracer=Tracer(SimpleSpanProcessor(spans)))
@@ -392,3 +423,191 @@ async def test_a_span_continues_the_clients_trace_and_is_continued_by_the_engine
 def test_traces_are_off_unless_an_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENDPOINT_VARIABLE, raising=False)
     assert Tracer.configured(None) is None
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "serve_app.api"]
+
+
+async def test_a_request_is_one_line_in_the_log_with_its_keys_name_and_without_its_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="serve_app")
+    gateway = Gateway(FakeReply(b"{}"), KeyRing.parse(f"alice {hash_key('k')}"))
+    headers = {"authorization": "Bearer k", "x-request-id": "abc"}
+    ask = ASK | {"prompt": "swordfish"}
+    await gateway.http.post("/v1/completions", json=ask, headers=headers)
+    (line,) = lines(caplog)
+    assert line.startswith("request id=abc key=alice path=/v1/completions pool=short status=200 ")
+    assert "swordfish" not in caplog.text
+
+
+REFUSALS: list[tuple[str, bytes, dict[str, str], str]] = [
+    ("POST", b'{"prompt": "swordfish"', {}, "status=400 code=invalid_request"),
+    ("POST", b"", {"authorization": "Bearer swordfish"}, "status=401 code=invalid_api_key"),
+    ("POST", b"swordfish" * 1000, {}, "status=413 code=body_too_large"),
+    ("POST", b"", {"x-a": "b" * 33_000}, "status=431 code=headers_too_large"),
+    ("POST", json.dumps(ASK | {"max_tokens": 99}).encode(), {}, "status=429 code=overloaded"),
+    ("PUT", b"swordfish", {}, "status=405 code=not_found"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "headers", "says"), REFUSALS, ids=[refusal[3] for refusal in REFUSALS]
+)
+async def test_a_request_that_is_refused_at_the_door_is_one_line_in_the_log_too(
+    caplog: pytest.LogCaptureFixture, method: str, body: bytes, headers: dict[str, str], says: str
+) -> None:
+    caplog.set_level("INFO", logger="serve_app")
+    ring = KeyRing.parse(f"alice {hash_key('k')} 1")
+    ring.charge(ring.check("Bearer k"), 1000, time.monotonic())  # it has used up its rate
+    gateway = Gateway(FakeReply(b"{}"), ring)
+    sent = {"authorization": "Bearer k", "x-request-id": "abc"} | headers
+    await gateway.http.request(method, "/v1/completions", content=body, headers=sent)
+    (line,) = lines(caplog)
+    known = "-" if re.search("401|405|431", says) else "alice"
+    assert line == f"request id=abc key={known} method={method} path=/v1/completions {says}"
+    assert "swordfish" not in caplog.text
+
+
+async def test_a_body_that_never_comes_is_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="serve_app")
+    slow, gone = Client(b"{", more=True), Client(b"{", more=True)
+    gone.leave()
+    for client in (slow, gone):
+        await Gateway(FakeReply()).app(client.scope, client.receive, client.send)  # type: ignore[arg-type]
+    ends = [line.split("path=/v1/completions ")[1] for line in lines(caplog)]
+    assert ends == ["status=408 code=body_timeout", "status=499 code=client_closed"]
+
+
+async def test_a_path_cannot_write_lines_of_its_own_into_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="serve_app")
+    await Gateway(FakeReply()).http.get("/a%0Arequest id=x" + "y" * 5000)
+    (line,) = lines(caplog)
+    assert "\n" not in line
+    assert len(line) < 300
+
+
+async def test_an_answer_counts_where_its_time_went() -> None:
+    pool = Pool("short", 1024, share=Share(overcommit=1))
+    pool.update([EngineInfo("e1", "short", "", "", prefill_tokens=1, kv_tokens=1)])
+
+    async def open_reply(_engine: EngineInfo) -> FakeReply:
+        await asyncio.sleep(0.06)
+        return FakeReply(b"1", b"2", pause_s=0.06)
+
+    gateway = Gateway(None, pools=[pool], open_reply=open_reply)
+    busy = await pool.lease(Call("busy", "", b"", fit_tokens=9, total_tokens=9, output_tokens=1))
+    asyncio.get_running_loop().call_later(0.06, pool.finish, busy)
+    await gateway.http.post("/v1/completions", json=ASK)
+    waited, first, between, whole = (
+        gateway.count(f"{name}_seconds_sum", pool="short") or 0.0
+        for name in (
+            "gateway_queue_wait",
+            "gen_ai_server_time_to_first_token",
+            "gen_ai_server_time_per_output_chunk",
+            "gen_ai_server_request_duration",
+        )
+    )
+    assert 0.05 < waited < first - 0.05
+    assert 0.05 < between < whole - first
+    assert whole > 0.2
+
+
+async def test_an_answer_counts_its_prompt_as_estimated_and_as_it_was() -> None:
+    gateway = Gateway(FakeReply(b"{}"))
+    await gateway.http.post("/v1/completions", json=ASK)
+    estimated = gateway.calls[0].total_tokens - ASK["max_tokens"]
+    assert gateway.count("gateway_estimated_prompt_tokens_total") == estimated > 0
+    assert gateway.count("gateway_exact_prompt_tokens_total") == FakeReply.prompt_tokens
+
+
+async def test_lengths_are_learned_from_answers() -> None:
+    reply = FakeReply(b"{}")
+    reply.prompt_tokens = 900
+    gateway = Gateway(reply)
+    for _ in range(20):
+        await gateway.http.post("/v1/completions", json=ASK | {"prompt": "word " * 400})
+    estimates = [call.total_tokens - ASK["max_tokens"] for call in gateway.calls]
+    assert estimates[0] < 700
+    assert estimates[-1] == pytest.approx(900, rel=0.05)
+
+
+async def test_a_key_gets_back_what_its_prompt_proved_shorter_by() -> None:
+    keys = KeyRing.parse(f"alice {hash_key('k')} 1.5")  # 90 tokens of reserve
+    gateway = Gateway(FakeReply(b"{}"), keys)
+    ask = ASK | {"prompt": [65] * 46}  # 50 with its output, but the engine counts 7
+    for _ in range(2):
+        answer = await gateway.http.post(
+            "/v1/completions", json=ask, headers={"authorization": "Bearer k"}
+        )
+        assert answer.status_code == 200, answer.text
+
+
+def short_and_long() -> tuple[Pool, Pool]:
+    short, long = Pool("short", 512), Pool("long", 1024)
+    short.update([EngineInfo(name, "short", "", "") for name in ("s1", "s2")])
+    long.update([EngineInfo("l1", "long", "", "")])
+    return short, long
+
+
+async def test_retries_and_misroutes_are_counted_however_the_request_ends() -> None:
+    """Of three requests one is answered, one is too long for all, and one meets dying engines."""
+    ends: list[FakeReply | None] = []  # what the engines that are asked do; None: it dies
+
+    async def open_reply(_engine: EngineInfo) -> FakeReply:
+        if (reply := ends.pop(0)) is None:
+            raise EngineError("dead")
+        return reply
+
+    def too_long() -> FakeReply:
+        return FakeReply(too_long="600 tokens")
+
+    async def ask(*replies: FakeReply | None) -> tuple[int, float | None, float | None]:
+        ends[:] = replies
+        gateway = Gateway(None, pools=short_and_long(), open_reply=open_reply)
+        answer = await gateway.http.post("/v1/completions", json=ASK)
+        if answer.is_error:
+            reason = answer.json()["error"]["code"]
+            assert gateway.count("gateway_sheds_total", reason=reason) == 1
+        return (
+            answer.status_code,
+            gateway.count("gateway_retries_total"),
+            gateway.count("gateway_misroutes_total"),
+        )
+
+    assert await ask(None, too_long(), FakeReply(b"{}")) == (200, 1, 1)
+    assert await ask(too_long(), too_long()) == (400, 0, 2)
+    assert await ask(None, None, None) == (502, 3, 0)
+    assert await ask(None, too_long(), None) == (503, 2, 1)
+
+
+async def test_metrics_show_what_waits_and_what_engines_report() -> None:
+    pool = Pool("short", 1024, share=Share(overcommit=1))
+    load = EngineLoad(running=3, waiting=2, kv_usage=0.25, preemptions=4)
+    pool.update([EngineInfo("e1", "short", "", "", prefill_tokens=1, kv_tokens=1, load=load)])
+    gateway = Gateway(FakeReply(hangs=True), pools=[pool])
+    call = Call("r", "", b"", fit_tokens=10, total_tokens=10, output_tokens=4)
+    lease = await pool.lease(call)
+    waiting = asyncio.create_task(pool.lease(call))
+    await asyncio.sleep(0)
+    await gateway.http.get("/metrics")
+    assert gateway.count("gateway_queued_requests", pool="short") == 1
+    assert gateway.count("gateway_queued_tokens", pool="short") == 6 + 10
+    shown = {
+        name: gateway.count(f"engine_{name}", pool="short", replica="e1")
+        for name in (
+            "running_requests",
+            "waiting_requests",
+            "kv_cache_usage_ratio",
+            "preemptions",
+            "outstanding_tokens",
+        )
+    }
+    assert list(shown.values()) == [3, 2, 0.25, 4, 6 + 10], shown
+    pool.finish(lease)
+    pool.finish(await waiting)

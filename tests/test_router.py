@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve_app.balance import Budget, Load, State
 from serve_app.batching import BatchingLimits
 from serve_app.errors import (
     DeadlineExceeded,
@@ -17,8 +18,9 @@ from serve_app.errors import (
     PromptTooLong,
     Unavailable,
 )
+from serve_app.pattern import LocalAttention
 from serve_app.request import Call, Demand, EngineInfo
-from serve_app.router import Pool, Router, Share, keep_fresh
+from serve_app.router import Attempts, Pool, Router, Share, keep_fresh
 
 
 class FakeReply:
@@ -102,8 +104,10 @@ async def test_a_request_found_too_long_goes_to_the_next_pool_and_is_counted() -
         return FakeReply(too_long="1200 tokens" if engine.pool == "short" else None)
 
     short, long = two_pools()
-    answer = await Router((short, long), short_refuses).route(call())
-    assert (answer.pool.name, answer.misroutes, asked) == ("long", 1, ["short", "long"])
+    attempts = Attempts()
+    answer = await Router((short, long), short_refuses).route(call(), attempts)
+    assert (answer.pool.name, asked) == ("long", ["short", "long"])
+    assert (attempts.misroutes, attempts.failures) == (1, 0)
     assert under_way(short) == {"s1": 0, "s2": 0}
     assert under_way(long) == {"l1": 1}
 
@@ -112,8 +116,61 @@ async def test_too_long_for_every_pool_names_the_limit_and_the_engines_count() -
     async def refuse(_engine: EngineInfo, _call: Call) -> FakeReply:
         return FakeReply(too_long="the prompt has 9001 tokens")
 
+    attempts = Attempts()
     with pytest.raises(PromptTooLong, match=r"8000.*9001"):
-        await Router(two_pools(), refuse).route(call())
+        await Router(two_pools(), refuse).route(call(), attempts)
+    assert attempts.misroutes == 2
+
+
+async def test_a_request_that_was_estimated_too_long_for_all_is_no_misroute() -> None:
+    async def refuse(_engine: EngineInfo, _call: Call) -> FakeReply:
+        return FakeReply(too_long="the prompt has 9001 tokens")
+
+    attempts = Attempts()
+    with pytest.raises(PromptTooLong):
+        await Router(two_pools(), refuse).route(call(fit=9000), attempts)
+    assert attempts.misroutes == 0
+
+
+async def test_misroutes_take_nothing_from_the_attempts_that_failures_have() -> None:
+    """Four pools find the request too long, then two engines die, and the third answers."""
+    pools = [Pool(f"p{number}", 1000 * 2**number) for number in range(5)]
+    for pool in pools:
+        names = ("a", "b", "c") if pool is pools[-1] else ("a",)
+        pool.update(engine(f"{pool.name}{name}", pool.name) for name in names)
+    asked: list[str] = []
+
+    async def only_the_last(engine: EngineInfo, _call: Call) -> FakeReply:
+        asked.append(engine.replica)
+        if len(asked) in (5, 6):
+            raise EngineError("dead")
+        return FakeReply(too_long=None if engine.pool == "p4" else "too long")
+
+    attempts = Attempts()
+    answer = await Router(pools, only_the_last).route(call(), attempts)
+    assert answer.pool.name == "p4"
+    assert len(asked) == 7
+    assert (attempts.misroutes, attempts.failures) == (4, 2)
+
+
+async def test_a_misrouted_request_keeps_its_place_in_a_lane_that_is_full() -> None:
+    short, long = Pool("short", 500), narrow("long", max_queued=1)
+    short.update([engine("s1")])
+
+    async def short_refuses(engine: EngineInfo, _call: Call) -> FakeReply:
+        return FakeReply(too_long="too long" if engine.pool == "short" else None)
+
+    router = Router([short, long], short_refuses)
+    first = await router.route(call(100, fit=600))
+    second = asyncio.create_task(router.route(replace(call(100, fit=600), arrived=2.0)))
+    await asyncio.sleep(0)
+    misrouted = asyncio.create_task(router.route(replace(call(100), arrived=1.0)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert long.queued == 2
+    first.close()
+    (await misrouted).close()
+    (await second).close()
 
 
 async def test_the_replica_with_the_fewest_outstanding_tokens_is_chosen() -> None:
@@ -166,9 +223,10 @@ async def test_attempts_are_bounded() -> None:
 
     pool = Pool("only", 1000)
     pool.update(engine(f"e{number}", "only") for number in range(10))
+    attempts = Attempts()
     with pytest.raises(EngineError):
-        await Router([pool], die).route(call())
-    assert len(asked) == len(set(asked)) == 3
+        await Router([pool], die).route(call(), attempts)
+    assert len(asked) == len(set(asked)) == attempts.failures == 3
 
 
 async def test_no_live_engine_says_when_to_try_again() -> None:
@@ -321,8 +379,9 @@ async def test_equal_request_ids_are_two_requests() -> None:
 async def test_a_dead_pool_is_passed_over_for_a_larger_one() -> None:
     short, long = two_pools()
     short.update([])
-    answer = await Router((short, long), answers).route(call())
-    assert (answer.pool.name, answer.misroutes) == ("long", 0)
+    attempts = Attempts()
+    answer = await Router((short, long), answers).route(call(), attempts)
+    assert (answer.pool.name, attempts.misroutes) == ("long", 0)
 
 
 async def test_an_engine_that_leaves_while_it_is_asked_still_answers() -> None:
@@ -483,3 +542,49 @@ async def test_who_waits_when_the_last_engine_dies_waits_no_longer_than_one_take
     with pytest.raises(Unavailable):
         await asyncio.wait_for(waiting, 5)
     assert pool.queued == 0
+
+
+async def test_a_client_that_leaves_in_the_turn_in_which_its_lease_comes_holds_nothing() -> None:
+    pool = narrow()
+    router = Router([pool], answers)
+    first = await router.route(call(100))
+    leaving = asyncio.create_task(router.route(call(100)))
+    await asyncio.sleep(0)
+    first.close()  # the lease is given
+    assert under_way(pool) == {"e1": 1}
+    leaving.cancel()  # before the task has run
+    await asyncio.gather(leaving, return_exceptions=True)
+    assert leaving.cancelled()
+    assert under_way(pool) == {"e1": 0}
+
+
+async def test_a_local_plan_bounds_the_kv_cache_that_a_request_costs() -> None:
+    pool = Pool("only", 8000)
+    plan = LocalAttention(sliding_window=512, full_attention_every=4).rules(8)
+    pool.update([replace(engine("e1"), rules=plan)])
+    await pool.lease(call(4000))
+    assert pool.loads() == {"e1": Load(State.LIVE, 1, prefill=3990, kv=(6 * 512 + 2 * 4000) // 8)}
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "left"),
+    [(EngineSilent("no token"), State.SILENT, 1), (EngineError("reset"), State.DEAD, 0)],
+)
+async def test_a_silent_engine_keeps_what_it_may_yet_answer_and_a_dead_one_nothing(
+    error: EngineError, state: State, left: int
+) -> None:
+    pool = Pool("only", 1000)
+    pool.update([engine("e1", "only")])
+    failed, other = await pool.lease(call()), await pool.lease(call())
+    pool.fail(failed, error)
+    assert pool.alive == 0
+    load = pool.loads()["e1"]
+    assert (load.state, load.requests) == (state, left)
+    pool.finish(other)
+    assert under_way(pool) == {"e1": 0}
+
+
+async def test_two_gateways_share_what_an_engine_has() -> None:
+    room = replace(engine("e1"), prefill_tokens=1000, kv_tokens=3000)
+    assert Share(gateways=1, overcommit=2.0).of(room) == Budget(prefill=2000, kv=6000)
+    assert Share(gateways=2, overcommit=2.0).of(room) == Budget(prefill=1000, kv=3000)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from serve_app.errors import EngineError
+from serve_app.errors import EngineError, EngineSilent
 from serve_app.request import Call, EngineInfo
 from serve_app.upstream import Upstream
 
@@ -32,7 +34,7 @@ async def serve() -> AsyncIterator[Callable[[Handler], Awaitable[EngineInfo]]]:
 
     async def start(handler: Handler) -> EngineInfo:
         app = web.Application()
-        app.router.add_post("/x", handler)
+        app.router.add_post("/{path:.*}", handler)
         server = TestServer(app, host="127.0.0.1")
         await server.start_server()
         servers.append(server)
@@ -57,6 +59,7 @@ async def test_the_body_token_and_budget_arrive_and_the_count_comes_back(
         assert await request.read() == CALL.body
         assert request.headers["x-engine-token"] == "secret"
         assert request.headers["x-output-budget"] == "9"
+        assert request.headers["x-request-id"] == "r1"
         assert request.headers["traceparent"] == "00-trace"
         return web.json_response({"ok": 1}, headers={"x-prompt-tokens": "42"})
 
@@ -150,16 +153,9 @@ async def test_a_door_that_refuses_is_told_from_an_answer(
     assert reply.refused
 
 
-async def test_a_dead_a_silent_and_a_cut_engine_are_engine_errors(
+async def test_a_dead_and_a_cut_engine_are_engine_errors(
     serve: Callable[[Handler], Awaitable[EngineInfo]], upstream: Upstream
 ) -> None:
-    async def silent(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await response.prepare(request)
-        await request.content.readany()
-        await request.app["never"].wait()
-        return response
-
     async def cut(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
@@ -168,11 +164,95 @@ async def test_a_dead_a_silent_and_a_cut_engine_are_engine_errors(
         request.transport.close()
         return response
 
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError) as dead:
         await upstream.open(EngineInfo("e1", "short", "http://127.0.0.1:9", "t"), CALL)
-    with pytest.raises(EngineError):
-        await upstream.open(await serve(silent), CALL)
     reply = await upstream.open(await serve(cut), CALL)
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError) as died:
         _ = [chunk async for chunk in reply.chunks()]
     reply.close()
+    assert not isinstance(dead.value, EngineSilent)
+    assert not isinstance(died.value, EngineSilent)
+
+
+@pytest.fixture
+async def stalling(
+    serve: Callable[[Handler], Awaitable[EngineInfo]],
+) -> AsyncIterator[Callable[[bytes], Awaitable[EngineInfo]]]:
+    """Starts engines that send so much of a stream and then nothing, connected as before."""
+    over = asyncio.Event()
+
+    def start(sent: bytes) -> Awaitable[EngineInfo]:
+        async def stall(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+            await response.prepare(request)
+            if sent:
+                await response.write(sent)
+            await over.wait()
+            return response
+
+        return serve(stall)
+
+    yield start
+    over.set()
+
+
+LONG_S = 60.0  # a limit that is not the one under test
+
+
+async def test_an_engine_without_a_first_token_in_time_is_silent(
+    stalling: Callable[[bytes], Awaitable[EngineInfo]],
+) -> None:
+    upstream = Upstream("m", first_token_timeout_s=0.05, inter_token_timeout_s=LONG_S)
+    with pytest.raises(EngineSilent, match="no first token"):
+        await asyncio.wait_for(upstream.open(await stalling(b""), CALL), 10)
+    await upstream.close()
+
+
+async def test_an_engine_that_stops_between_two_tokens_is_silent(
+    stalling: Callable[[bytes], Awaitable[EngineInfo]],
+) -> None:
+    upstream = Upstream("m", first_token_timeout_s=LONG_S, inter_token_timeout_s=0.05)
+    reply = await upstream.open(await stalling(b"data: 1\n\n"), CALL)
+    async with aclosing(reply.chunks()) as chunks:
+        assert await anext(chunks) == b"data: 1\n\n"
+        with pytest.raises(EngineSilent, match="fell silent"):
+            await asyncio.wait_for(anext(chunks), 10)
+    reply.close()
+    await upstream.close()
+
+
+async def test_an_answer_that_is_not_streamed_may_take_as_long_as_all_of_its_tokens(
+    serve: Callable[[Handler], Awaitable[EngineInfo]],
+) -> None:
+    async def slow(_request: web.Request) -> web.Response:
+        await asyncio.sleep(0.3)  # longer than a first token may take, shorter than nine tokens
+        return web.json_response({})
+
+    upstream = Upstream("m", first_token_timeout_s=0.1, inter_token_timeout_s=1.0)
+    engine = await serve(slow)
+    assert (await upstream.open(engine, replace(CALL, stream=False))).status == 200
+    with pytest.raises(EngineSilent):
+        await upstream.open(engine, CALL)
+    await upstream.close()
+
+
+@pytest.mark.parametrize(("status", "alive"), [(200, True), (500, False), (503, False)])
+async def test_a_probe_asks_for_one_token_and_says_whether_it_came(
+    serve: Callable[[Handler], Awaitable[EngineInfo]], upstream: Upstream, status: int, alive: bool
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        asked.append((request.path, await request.json()))
+        return web.json_response({}, status=status)
+
+    assert await upstream.probe(await serve(handler)) is alive
+    assert asked == [("/v1/completions", {"model": "m", "prompt": [1], "max_tokens": 1})]
+
+
+async def test_a_probe_of_a_silent_engine_is_not_answered(
+    stalling: Callable[[bytes], Awaitable[EngineInfo]],
+) -> None:
+    upstream = Upstream("m", first_token_timeout_s=0.05, inter_token_timeout_s=0.05)
+    assert not await asyncio.wait_for(upstream.probe(await stalling(b"")), 10)
+    await upstream.close()
