@@ -94,7 +94,8 @@ BODIES = [
     ("an unbalanced regex", CHAT, chat(structured_outputs={"regex": "(("})),
     ("a schema bomb", CHAT, schema(type="array", minItems=10**9, items={"type": "string"})),
     ("a schema that calls another host", CHAT, schema(**{"$ref": "http://127.0.0.1:1/s"})),
-    ("a schema of 10 MB", CHAT, schema(enum=["x" * 100] * 3000)),
+    ("a schema of 300,000 characters", CHAT, schema(enum=["x" * 100] * 3000)),
+    ("a schema of 10 MB", CHAT, schema(enum=["x" * 100] * 100_000)),
     ("n = 10,000", CHAT, chat(n=10_000)),
     ("n = true", CHAT, chat(n=True)),
     ("best_of = 10,000", COMPLETIONS, completion(best_of=10_000)),
@@ -230,7 +231,7 @@ RAW: list[tuple[str, bytes, bytes]] = [  # what is sent, and how the answer begi
         b"HTTP/1.1 400",
     ),
     (
-        "a body shorter than it should be",
+        "an empty object",
         POST + b"Content-Length: 2\r\nConnection: close\r\n\r\n{}",
         b"HTTP/1.1 400",
     ),
@@ -261,6 +262,20 @@ def test_malformed_http_is_refused(server: Server, sent: bytes, begins: bytes) -
     with connect(server) as wire:
         wire.sendall(sent)
         assert wire.recv(65536).startswith(begins)
+
+
+def test_a_body_that_ends_before_its_length_is_never_asked_of_an_engine(
+    server: Server, http: httpx.Client
+) -> None:
+    before = figure(http, "gateway_requests_total"), figure(http, "gateway_disconnects_total")
+    with connect(server) as wire:
+        body = completion()
+        wire.sendall(POST + b"Content-Length: %d\r\n\r\n" % (len(body) + 1) + body)
+        wire.shutdown(socket.SHUT_WR)
+        assert wire.recv(65536) == b""  # there is nobody to be told: the connection just ends
+    requests, disconnects = before
+    assert figure(http, "gateway_requests_total") == requests
+    assert figure(http, "gateway_disconnects_total") == disconnects + 1
 
 
 def test_a_second_request_hidden_in_a_body_is_not_answered_as_the_first(server: Server) -> None:

@@ -300,7 +300,7 @@ def drain_of_each(kinds: Iterable[Kind]) -> float:
     replicas=st.integers(1, 3),
     flood=st.integers(1, 8),
 )
-def test_no_head_waits_longer_than_the_bound_whatever_arrives(
+def test_whatever_arrives_is_released_within_the_bound_and_nothing_gets_stuck(
     arrivals: list[tuple[float, Kind]], replicas: int, flood: int
 ) -> None:
     times = itertools.accumulate(gap / flood for gap, _ in arrivals)
