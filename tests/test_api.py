@@ -502,7 +502,7 @@ async def test_an_answer_counts_where_its_time_went() -> None:
 
     gateway = Gateway(None, pools=[pool], open_reply=open_reply)
     busy = await pool.lease(Call("busy", "", b"", fit_tokens=9, total_tokens=9, output_tokens=1))
-    asyncio.get_running_loop().call_later(0.06, pool.finish, busy)
+    asyncio.get_running_loop().call_later(0.3, pool.finish, busy)  # long after it began to wait
     await gateway.http.post("/v1/completions", json=ASK)
     waited, first, between, whole = (
         gateway.count(f"{name}_seconds_sum", pool="short") or 0.0
