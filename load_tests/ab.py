@@ -3,23 +3,38 @@
     python -m load_tests.ab --a http://127.0.0.1:8000 --b http://127.0.0.1:8100 --rate 4
 
 Both sides of a round get the same lengths at the same times; the salts are new in each block, so
-that A and B may share an engine without its prefix cache answering for either.
+that A and B may share an engine without its prefix cache answering for either. Two configurations
+are compared as two servers, one URL each.
+
+At the end a null server gets the first round's traffic (``--floor`` seconds of it): where the
+client's own time is a tenth of what it measured, the comparison is INVALID.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from load_tests.compare import Round, Side, compare, order
 from load_tests.drive import cpu_share, headers_of, open_loop
+from load_tests.floor import Floor, client_floor, floor_line
 from load_tests.prompts import PromptMaker, first_model, server_count
 from load_tests.stream import Ask, Record
-from load_tests.summary import columns, finite, is_good, verdict
+from load_tests.summary import (
+    Verdict,
+    columns,
+    finite,
+    floor_faults,
+    is_good,
+    percentile,
+    verdict,
+)
 from load_tests.traffic import DEMO_MIX, Deck, mix_deck, parse_mix
 
 Measured = dict[int, dict[Side, list[Record]]]  # round, side, records
@@ -39,6 +54,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a block")
     parser.add_argument("--rounds", type=int, default=4, help="of four blocks each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--floor", type=float, default=3.0, help="seconds replayed at a null server; 0 for none"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     return parser.parse_args()
 
@@ -60,21 +78,25 @@ def main() -> None:
         with cpu_share() as share:
             measured[number][side] += open_loop(hosts[side], schedule, headers[side])
         cpu += share
-    records = [r for sides in measured.values() for each in sides.values() for r in each]
-    judged = verdict(records, len(records), cpu)
+    sides = {side: [r for each in measured.values() for r in each[side]] for side in hosts}
+    records = [record for mine in sides.values() for record in mine]
+    floor = client_floor(arrivals(deck, chosen, 0, 0), records, chosen.floor)
+    judged = judge(sides, cpu, floor)
     print(f"\n{ab_table(measured, list(targets))}\n")
     for side, host in hosts.items():
-        mine = [record for sides in measured.values() for record in sides[side]]
+        mine = sides[side]
         ok = sum(record.outcome == "ok" for record in mine)
         good = sum(is_good(record, targets[record.length_class]) for record in mine)
         print(f"{side} {host}: {ok} of {len(mine)} answered, {good} within their targets")
     print("VALID" if judged.valid else f"INVALID, do not quote: {'; '.join(judged.faults)}")
+    print(floor_line(floor))
     if chosen.out:
         compared = {
             name: {metric: compare(rounds_of(measured, name, metric)) for metric in METRICS}
             for name in targets
         }
-        chosen.out.write_text(json.dumps(finite({"valid": judged.valid, "classes": compared})))
+        told = {"valid": judged.valid, "verdict": judged, "floor": floor, "classes": compared}
+        chosen.out.write_text(json.dumps(finite(told)))
 
 
 def arrivals(
@@ -87,6 +109,18 @@ def arrivals(
         made.append((at, deck.draw(rng, salts)))
         at += rng.expovariate(chosen.rate)
     return made
+
+
+def judge(
+    sides: Mapping[Side, Sequence[Record]], cpu: Sequence[float], floor: Floor | None
+) -> Verdict:
+    """Whether the client was fit to measure both sides, by the run and by its floor."""
+    records = [record for mine in sides.values() for record in mine]
+    judged = verdict(records, len(records), cpu)
+    ttft = [[r.ttft_ms for r in mine if r.ttft_ms is not None] for mine in sides.values()]
+    fastest = min((percentile(each, 0.5) for each in ttft if each), default=math.nan)
+    faults = floor_faults(floor, fastest)
+    return replace(judged, faults=(*judged.faults, *faults))
 
 
 def rounds_of(measured: Measured, name: str, metric: str) -> list[Round]:

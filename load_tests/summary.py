@@ -14,6 +14,7 @@ DELAY_SHARE = 0.01  # of TTFT p99 that the schedule delay p99 may reach
 DELAY_FLOOR_MS = 5.0  # timers tick in milliseconds and hosts have other work; TTFT includes it
 CPU_LIMIT = 0.9  # of one core: the client is one thread
 UNACCOUNTED_LIMIT = 0.001
+FLOOR_SHARE = 0.1  # of a median TTFT that the client's own part of it may be
 
 
 class Targets(Protocol):
@@ -136,6 +137,24 @@ def verdict(records: Sequence[Record], asked: int, cpu: Sequence[float]) -> Verd
     if lost > UNACCOUNTED_LIMIT:
         faults.append(f"{lost:.2%} of the requests have no outcome; 0.1 % may")
     return Verdict(tuple(faults), delay, allowed, busy, lost)
+
+
+def floor_faults(floor: Mapping[str, float] | None, ttft_p50_ms: float) -> list[str]:
+    """Why a client with this floor (`floor.client_floor`) may not compare servers of which the
+    faster has a median TTFT of ``ttft_p50_ms``: its own part of both would hide the difference."""
+    if floor is None:
+        return []
+    faults = []
+    if floor["failed"]:
+        faults.append(
+            f"{floor['failed']} of {floor['requests']} requests to the null server failed"
+        )
+    if floor["ttft_p50_ms"] > FLOOR_SHARE * ttft_p50_ms:
+        faults.append(
+            f"the client's own part is too large: TTFT p50 {figure(floor['ttft_p50_ms'])} ms of a "
+            f"null server exceeds {FLOOR_SHARE:.0%} of {figure(ttft_p50_ms)} ms"
+        )
+    return faults
 
 
 def finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from load_tests.traffic import read_trace
 from serve_app.autoscaling import (
     DemandLedger,
     Settings,
@@ -192,6 +194,18 @@ def bursty(seed: int, seconds: int, mean: float) -> Iterator[float]:
         yield draw.gammavariate(0.25, mean / 0.25)
 
 
+def recorded(seconds: int, mean: float) -> Iterator[float]:
+    """Tokens a second of a load test's arrivals, again and again, scaled to their mean."""
+    with (Path(__file__).parent / "data" / "arrivals.csv").open() as file:
+        trace = read_trace(file)
+    tokens = [0.0] * (int(trace[-1].at) + 1)
+    for arrival in trace:
+        tokens[int(arrival.at)] += arrival.prompt_tokens + arrival.output_tokens
+    scale = mean * len(tokens) / sum(tokens)
+    for now in range(seconds):
+        yield scale * tokens[now % len(tokens)]
+
+
 SIMULATED = replace(SETTINGS, target_tokens_per_replica=3000, down_delay_s=300)
 
 
@@ -202,6 +216,19 @@ def test_steady_bursty_arrivals_do_not_make_the_pool_flap(seed: int) -> None:
         cluster.second(now, arriving)
     assert cluster.turns <= 12, "in three hours of the same load"
     assert cluster.worst < 5 * 450 * 20
+
+
+def test_recorded_arrivals_do_not_make_the_pool_flap_and_would_without_its_delays() -> None:
+    turns = []
+    for using in (SIMULATED, replace(SIMULATED, up_delay_s=0, down_delay_s=0)):
+        cluster = Cluster(using, running=3, target=3)
+        for now, arriving in enumerate(recorded(3 * 3600, mean=450)):
+            cluster.second(now, arriving)
+        turns.append(cluster.turns)
+        assert cluster.worst < 5 * 450 * 20
+    steady, nervous = turns
+    assert steady <= 12
+    assert nervous > 100
 
 
 def test_a_day_with_a_peak_is_followed_up_and_down() -> None:

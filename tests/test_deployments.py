@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +15,14 @@ from ray import serve
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
-from serve_app.autoscaling import TokenPolicy
+from serve_app.autoscaling import DemandLedger, TokenPolicy
 from serve_app.batching import BatchingLimits
 from serve_app.config import AppConfig, GatewayConfig
 from serve_app.deployments import (
     BuildArgs,
     EngineDeployment,
+    _demand,
+    _discovery,
     _engine_options,
     _gateway_actor,
     _metrics,
@@ -28,7 +32,8 @@ from serve_app.deployments import (
 )
 from serve_app.errors import ConfigError
 from serve_app.keys import INSECURE_VARIABLE, KEYS_VARIABLE
-from serve_app.router import Share
+from serve_app.request import Call, Demand, EngineInfo, EngineLoad
+from serve_app.router import Pool, Share
 
 FILE: dict[str, Any] = {
     "model": "m",
@@ -68,6 +73,10 @@ def test_serve_takes_the_policy_and_its_settings() -> None:
     assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
     policy = scaling.policy.get_policy()
     assert policy is TokenPolicy
+    settings = config.pools["only"].autoscaling
+    assert settings is not None
+    assert scaling.policy.policy_kwargs == settings.model_dump()
+    assert scaling.policy.policy_kwargs["down_delay_s"] == 30
     assert callable(_apply_autoscaling_config(policy(**scaling.policy.policy_kwargs)))
     assert "env_vars" in _gateway_actor(config)["runtime_env"]
 
@@ -152,3 +161,56 @@ def test_a_configuration_that_the_cluster_cannot_hold_is_not_built(
     cluster["CPU"] = 1.0  # the node that is gone had enough
     with pytest.raises(ConfigError, match="CPU"):
         build(args)
+
+
+class FakeHandle:
+    """A deployment's handle: notes what is broadcast and answers as one engine."""
+
+    deployment_name = "engine-only"
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def broadcast(self, *told: Any) -> Any:
+        self.told.append(told)
+
+        async def results_async(**_: Any) -> list[EngineInfo]:
+            return [ENGINE]
+
+        return SimpleNamespace(results_async=results_async)
+
+
+ENGINE = EngineInfo("e", "only", "http://e", "token", kv_tokens=900, load=EngineLoad(kv_usage=0.5))
+
+
+@pytest.mark.parametrize("scales", [True, False])
+async def test_engines_hear_the_demand_where_their_pool_scales_by_it(scales: bool) -> None:
+    config = app(**({"autoscaling": {"max_replicas": 2}} if scales else {}))
+    pool, handle = Pool("only", 64), FakeHandle()
+    demand = _demand(config, pool, "g1")
+    discover = _discovery(handle, demand)  # type: ignore[arg-type]
+    assert await discover() == [ENGINE]
+    pool.update([ENGINE])
+    await pool.lease(Call("r", "/", b"", fit_tokens=40, total_tokens=40, output_tokens=8))
+    await discover()
+    busy = pool.demand("g1")
+    assert busy.tokens >= 40
+    demands = [(Demand("g1", 0, 0.0),), (busy,)] if scales else [(), ()]
+    assert handle.told == [("describe", *demand) for demand in demands]
+
+
+async def test_what_an_engine_hears_reaches_the_policy() -> None:
+    engine = SimpleNamespace(
+        _engine=SimpleNamespace(describe=lambda: ENGINE), _demands=DemandLedger()
+    )
+    stats = partial(EngineDeployment.record_autoscaling_stats, engine)
+    assert stats()["tokens"] == 0
+    assert await EngineDeployment.describe(engine) == ENGINE
+    assert await EngineDeployment.describe(engine, Demand("g1", tokens=70, ttft_s=0.4)) == ENGINE
+    assert stats() == {
+        "tokens": 70,
+        "ttft_s": 0.4,
+        "kv_usage": 0.5,
+        "preemptions": 0,
+        "room": 900,
+    }

@@ -73,11 +73,27 @@ def test_ab_sees_the_slower_server(tmp_path: Path) -> None:
     options = ("--mix", MIX, "--rate", "15", "--seconds", "1.5", "--rounds", "3")
     with told("40", "4") as a, told("80", "4") as b:
         out = run("-m", "load_tests.ab", "--a", a, "--b", b, *options, "--out", f"{tmp_path}/f")
-    short = json.loads((tmp_path / "f").read_text())["classes"]["short"]
+    told_of = json.loads((tmp_path / "f").read_text())
+    short = told_of["classes"]["short"]
     assert short["ttft_ms"]["low"] <= short["ttft_ms"]["ratio"] <= short["ttft_ms"]["high"]
     assert 1.3 < short["ttft_ms"]["ratio"] < 2.5  # 2 as told; wide, for a busy machine
     assert 0.7 < short["itl_ms"]["ratio"] < 1.4
-    assert "VALID" in out
+    assert told_of["valid"] == (not told_of["verdict"]["faults"])
+    assert ("\nVALID\n" if told_of["valid"] else "INVALID, do not quote") in out
+    assert told_of["floor"]["requests"] > 5  # the first round's traffic, at a null server
+    assert told_of["floor"]["failed"] == 0
+    assert "client floor at this rate" in out
+
+
+def test_ab_says_that_a_client_as_slow_as_the_servers_is_not_fit(tmp_path: Path) -> None:
+    options = ("--mix", MIX, "--rate", "20", "--seconds", "1", "--rounds", "1", "--floor", "0.5")
+    with null_server() as a, null_server() as b:
+        out = run("-m", "load_tests.ab", "--a", a, "--b", b, *options, "--out", f"{tmp_path}/f")
+    told_of = json.loads((tmp_path / "f").read_text())
+    assert not told_of["valid"]
+    assert "INVALID, do not quote" in out
+    assert "the client's own part is too large" in out
+    assert told_of["floor"]["requests"] < 20  # half a second of it
 
 
 def bench_gateway(engine: str, gateway: str, tmp_path: Path, *more: str) -> list[dict[str, Any]]:

@@ -3,19 +3,25 @@ imported into, so both stay in processes of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from load_tests.null_server import ROOT, null_server
+from tests.serving import free_port
 
+MAKEFILE = ROOT / "Makefile"
 MIX = "short=0.7:150-300:16:500:50,long=0.3:900:16:1000:50"
 
 
@@ -239,6 +245,47 @@ def test_rates_are_run_one_after_another_and_drawn_together(tmp_path: Path) -> N
     assert {each.stem for each in tmp_path.glob("*.png")} >= {"goodput", "throughput"}
 
 
+def said(program: str) -> Any:
+    """What a program prints as JSON, in a process of its own."""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def users() -> dict[str, list[int | None]]:
+    """Users of each shape with a peak of 10, at each twentieth of its length."""
+    program = (
+        "import json; from load_tests.shapes import SHAPES, users_at; "
+        "print(json.dumps({s: [users_at(s, 10, t / 20) for t in range(21)] for s in SHAPES}))"
+    )
+    made: dict[str, list[int | None]] = said(program)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("steps", [2] * 5 + [4] * 4 + [6] * 4 + [8] * 4 + [10] * 3),
+        ("spike", [2] * 8 + [10] * 4 + [2] * 8),
+        ("ramp", [1, *range(1, 11), *range(9, 0, -1)]),  # never none
+    ],
+)
+def test_a_shape_has_its_users_at_each_part_and_then_ends(
+    users: dict[str, list[int | None]], shape: str, expected: list[int]
+) -> None:
+    assert users[shape] == [*expected, None]
+
+
+def test_every_run_is_followed_by_three_seconds_of_floor_unless_told_otherwise() -> None:
+    program = (
+        "import argparse, json; from load_tests.run import add_arguments; "
+        "parser = argparse.ArgumentParser(); add_arguments(parser); "
+        "print(json.dumps(parser.parse_args([]).floor))"
+    )
+    assert said(program) == 3.0
+
+
 def test_spike_raises_the_rate_in_its_middle(tmp_path: Path) -> None:
     shape = ("--shape", "spike", "--peak", "10", "--shape-seconds", "10", "--rate", "4")
     with null_server() as host:
@@ -247,6 +294,57 @@ def test_spike_raises_the_rate_in_its_middle(tmp_path: Path) -> None:
     sent = [record["scheduled"] for record in run.records]
     before, during = sum(at < 4 for at in sent) / 4, sum(4.5 <= at < 6 for at in sent) / 1.5
     assert during > 2 * before
+
+
+def page_command(*more: str) -> list[str]:
+    """What `make load-ui` runs, in this environment."""
+    found = re.search(r"^load-ui:.*\n\t\$\(BIN\)/locust (.*)$", MAKEFILE.read_text(), re.MULTILINE)
+    assert found is not None
+    return [sys.executable, "-m", "locust", *found[1].split(), *more]
+
+
+def until(what: str, condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait for a condition, a page that does not answer yet being none."""
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if condition():
+                return
+        assert process.poll() is None, f"the page ended before {what}"
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def test_locusts_page_starts_a_test_and_outlives_one_that_is_refused(tmp_path: Path) -> None:
+    port, out = free_port(), tmp_path / "run"
+    options = ("--out", str(out), "--mix", MIX, "--rate", "20", "--floor", "0")
+    command = page_command("--web-port", str(port), *options)
+    page = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False)
+
+    def start(host: str) -> None:
+        form = {"host": host, "user_count": "1", "spawn_rate": "1"}
+        assert page.post("/swarm", data=form).json()["success"]
+
+    def shown() -> Any:
+        return page.get("/stats/requests").json()
+
+    with null_server() as host, page, subprocess.Popen(command, cwd=ROOT, text=True) as locust:
+        try:
+            until("it shows", lambda: "Locust" in page.get("/").text, locust)
+            start("http://127.0.0.1:9")
+            until("refusal", lambda: shown()["state"] == "stopped", locust)
+            assert not out.exists()
+            start(host)
+            kinds = {"POST", "TTFT"}
+            until("figures", lambda: kinds <= {row["method"] for row in shown()["stats"]}, locust)
+            page.post("/stop")
+            until("the summary", (out / "summary.json").exists, locust)
+            assert page.get("/").status_code == 200
+        finally:
+            locust.terminate()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["host"] == host
+    assert summary["classes"][-1]["ok"] > 0
 
 
 def test_a_trace_is_replayed_at_its_own_times_and_ends_the_run(tmp_path: Path) -> None:

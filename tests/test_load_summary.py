@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from load_tests.stream import Record
-from load_tests.summary import figure, finite, is_good, percentile, rows, table, verdict
+from load_tests.summary import (
+    figure,
+    finite,
+    floor_faults,
+    is_good,
+    percentile,
+    rows,
+    table,
+    verdict,
+)
 from load_tests.traffic import parse_mix
 
 TARGETS = {each.name: each for each in parse_mix("short=1:100:8:100:10,long=1:900:8:500:20")}
@@ -106,6 +115,25 @@ def test_a_long_ttft_allows_a_proportional_delay() -> None:
 def test_failures_and_refusals_are_accounted_for() -> None:
     records = [served(outcome="failed"), served(outcome="rejected")]
     assert verdict(records, 2, [0.1]).unaccounted == 0
+
+
+@pytest.mark.parametrize(
+    ("failed", "floor_ms", "ttft_ms", "fault"),
+    [
+        (0, 4.0, 40.0, None),
+        (0, 4.1, 40.0, "TTFT p50 4.10 ms of a null server exceeds 10% of 40.0 ms"),
+        (1, 4.0, 40.0, "1 of 9 requests to the null server failed"),
+        (0, 4.0, math.nan, None),  # no server answered, which is not the client's doing
+    ],
+)
+def test_a_client_near_its_floor_may_not_compare_servers(
+    failed: int, floor_ms: float, ttft_ms: float, fault: str | None
+) -> None:
+    floor = {"requests": 9, "failed": failed, "ttft_p50_ms": floor_ms}
+    faults = floor_faults(floor, ttft_ms)
+    assert len(faults) == (fault is not None)
+    assert (fault or "") in " ".join(faults)
+    assert floor_faults(None, 0.1) == []
 
 
 @pytest.mark.parametrize(
