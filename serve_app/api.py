@@ -134,10 +134,13 @@ def create_app(
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        pools = {pool.name: pool.alive for pool in router.pools}
-        return JSONResponse(
-            {"ready": router.ready, "pools": pools}, status_code=200 if router.ready else 503
-        )
+        state: dict[str, Any] = {
+            "ready": router.ready,
+            "pools": {pool.name: pool.alive for pool in router.pools},
+        }
+        if missing := {pool.name: pool.absence for pool in router.pools if pool.absence}:
+            state["missing"] = missing
+        return JSONResponse(state, status_code=200 if router.ready else 503)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

@@ -17,17 +17,19 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
+from serve_app.absence import Explain, explain_absences
 from serve_app.api import create_app, identified
 from serve_app.autoscaling import DemandLedger
 from serve_app.batching import BatchingLimits
 from serve_app.config import AppConfig, Autoscaling, PoolConfig, load_config
 from serve_app.keys import INSECURE_VARIABLE, check_exposure, read_keys
 from serve_app.metrics import GatewayMetrics
-from serve_app.placement import check_room, place
+from serve_app.placement import check_room, place, shortage
 from serve_app.port import Address, Port
 from serve_app.request import Demand, EngineInfo
 from serve_app.router import Discover, Pool, Router, Share, Wake, keep_fresh
@@ -121,6 +123,8 @@ class GatewayDeployment:
             )
             for pool in pools
         ]
+        explain = _explanation(config, serve.get_replica_context().app_name)
+        self._tasks.append(asyncio.create_task(explain_absences(pools, explain)))
         self._tracer = Tracer.configured(gateway.otlp_endpoint)
         keys = read_keys(config)
         self._app = create_app(config, self._router, _metrics(config, me), keys, self._tracer)
@@ -218,6 +222,31 @@ def _waking(handle: DeploymentHandle) -> Wake:
             log.warning("no engine of %s came: %s", handle.deployment_name, error)
 
     return wake
+
+
+def _explanation(config: AppConfig, application: str) -> Explain:
+    """Looks whether Ray has placed an engine of a pool, and if not, for what there is too little.
+
+    None where one is placed and starts, and where nobody can tell.
+    """
+
+    def look(pool: str) -> str | None:
+        serving = _get_global_client().get_serve_details()["applications"][application]
+        replicas = serving["deployments"][f"engine-{pool}"]["replicas"]
+        if any(replica.get("node_id") for replica in replicas):
+            return None
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        placement = place(config.pools[pool], config.device)
+        return shortage(pool, placement, nodes, ray.available_resources())
+
+    async def explain(pool: str) -> str | None:
+        try:
+            return await asyncio.to_thread(look, pool)
+        except (RayError, RayServeException, KeyError) as error:  # Serve restarts, or takes it down
+            log.info("nobody can tell where engines of %s are: %r", pool, error)
+            return None
+
+    return explain
 
 
 class BuildArgs(BaseModel):

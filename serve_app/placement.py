@@ -131,6 +131,28 @@ def _misfit(name: str, placement: Placement, nodes: Sequence[Resources]) -> list
     return lines or [f"No node has the {together} together that an engine of pool {name} needs."]
 
 
+def shortage(name: str, placement: Placement, nodes: Sequence[Resources], free: Resources) -> str:
+    """What one engine of a pool needs, and what the cluster has free of it: a sentence or two.
+
+    ``free`` is the whole cluster's, as Ray counts it: resources of which nothing is left are not
+    in it.
+    """
+    there, whole = _sum(nodes), placement.whole
+    needed = " and ".join(f"{_number(count)} {resource}" for resource, count in whole.items())
+    where = " on one node" if placement.strategy == "STRICT_PACK" else ""
+    left = ", ".join(
+        f"{_number(free.get(resource, 0))} of {_number(there.get(resource, 0))} {resource}"
+        for resource in whole
+    )
+    missing = " and ".join(
+        f"{_number(count - free.get(resource, 0))} {resource}"
+        for resource, count in whole.items()
+        if count > free.get(resource, 0)
+    )
+    lack = f"{missing} missing" if missing else "enough, but not where it is needed together"
+    return f"An engine of pool {name} needs {needed}{where}; free are {left}: {lack}."
+
+
 def _sum(parts: Sequence[Resources]) -> dict[str, float]:
     total: Counter[str] = Counter()
     for part in parts:

@@ -123,6 +123,7 @@ class Pool:
     ) -> None:
         self.name = name
         self.limit = limit  # prompt plus output budget, in tokens
+        self.absence: str | None = None  # why no engine is here; kept by ``absence``
         self._share = share
         # How long a request waits for a first engine; None where none comes by being asked for.
         self._cold_start_s = cold_start_s
@@ -159,6 +160,11 @@ class Pool:
         return self._cold_start_s is not None and not self.alive and self.queued > 0
 
     @property
+    def lacks_engine(self) -> bool:
+        """Whether none is listed where one is expected: always, or while a request waits for it."""
+        return not self._engines and (self._cold_start_s is None or self.queued > 0)
+
+    @property
     def queued(self) -> int:
         return len(self._batcher)
 
@@ -181,6 +187,8 @@ class Pool:
     def update(self, engines: Iterable[EngineInfo]) -> None:
         """Take over what discovery found."""
         self._engines = {engine.replica: engine for engine in engines}
+        if self._engines:
+            self.absence = None
         self._rules = next((engine.rules for engine in self._engines.values()), self._rules)
         self._balancer.update(
             {engine.replica: self._share.of(engine) for engine in self._engines.values()}

@@ -242,6 +242,14 @@ async def test_ready_needs_an_engine_and_health_does_not() -> None:
     assert (await empty.http.get("/health")).status_code == 200
 
 
+async def test_ready_says_why_a_pool_has_no_engine() -> None:
+    gateway = Gateway(None)
+    gateway.pool.absence = "An engine of pool short needs 2 GPU."
+    answer = await gateway.http.get("/ready")
+    assert answer.status_code == 503
+    assert answer.json()["missing"] == {"short": "An engine of pool short needs 2 GPU."}
+
+
 async def test_models_names_the_longest_context() -> None:
     (model,) = (await Gateway(None).http.get("/v1/models")).json()["data"]
     assert (model["id"], model["max_model_len"]) == ("demo", 1024)

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
         "tracing",
     },
     {"balance", "batching", "lengths", "capacity", "placement", "quality.grid", "quality.verdict"},
-    {"router", "upstream", "autoscaling", "simulator"},
+    {"router", "absence", "upstream", "autoscaling", "simulator"},
     {"api", "engine"},
     {
         "deployments",
@@ -56,6 +56,7 @@ WITHIN_LAYER = {
     "keys": {"config", "errors"},
     "port": {"errors"},
     "batching": {"balance"},
+    "absence": {"router"},
     "advice": {"model_config"},
     "proposal": {"advice", "model_config"},
     "simulator": {"autoscaling"},

@@ -11,7 +11,7 @@ from ray.serve._private.config import ReplicaConfig
 
 from serve_app.config import AppConfig, PoolConfig
 from serve_app.errors import ConfigError
-from serve_app.placement import check_room, place
+from serve_app.placement import check_room, place, shortage
 
 
 def pool(**values: Any) -> PoolConfig:
@@ -114,3 +114,33 @@ def test_resources_must_meet_on_the_same_node() -> None:
 def test_a_cluster_that_grows_is_not_judged_by_what_it_has_now() -> None:
     config = app(only={"tensor_parallel_size": 8})
     check_room(config.model_copy(update={"cluster_grows": True}), [{"CPU": 1}])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "free", "sentence"),
+    [
+        (
+            {"tensor_parallel_size": 2},
+            {"CPU": 1.5},
+            "An engine of pool big needs 3 CPU and 2 GPU on one node; free are 1.50 of 8 CPU, 0 of "
+            "4 GPU: 1.50 CPU and 2 GPU missing.",
+        ),
+        (
+            {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+            {"CPU": 8, "GPU": 1},
+            "An engine of pool big needs 5 CPU and 4 GPU; free are 8 of 8 CPU, 1 of 4 GPU: 3 GPU "
+            "missing.",
+        ),
+        (
+            {},
+            {"CPU": 4, "GPU": 1},
+            "An engine of pool big needs 1 CPU and 1 GPU on one node; free are 4 of 8 CPU, 1 of 4 "
+            "GPU: enough, but not where it is needed together.",
+        ),
+    ],
+)
+def test_what_an_engine_waits_for_is_named(
+    sizes: dict[str, int], free: dict[str, float], sentence: str
+) -> None:
+    nodes = [{"CPU": 4, "GPU": 2}] * 2
+    assert shortage("big", place(pool(**sizes), "gpu"), nodes, free) == sentence
