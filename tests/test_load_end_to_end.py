@@ -53,6 +53,8 @@ def test_a_locust_file_measures_every_length_class(
     assert all(record["prompt_tokens"] == record["prompt_tokens_asked"] for record in records)
     assert all(record["output_tokens"] == 32 for record in records)
     assert all(record["pool"] in ("short", "long") for record in records)
+    needles = [record["found"] for record in records if record["length_class"] == "256"]
+    assert needles == [True] * (2 if name == "long_context" else 0)  # the demo's full attention
     for length_class in classes:
         assert length_class in printed
     summary = json.loads((tmp_path / "summary.json").read_text())
