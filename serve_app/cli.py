@@ -150,6 +150,8 @@ def _state(client: httpx.Client) -> tuple[bool, str]:
         return False, "waiting for Ray and the gateway"
     if answer["ready"]:
         return True, f"ready: {client.base_url.join('/v1')} (Ctrl-C stops it)"
+    if unplaced := answer.get("missing"):
+        return False, " ".join(unplaced.values())
     missing = [name for name, engines in pools.items() if not engines]
     return False, f"waiting for the engines of {' and '.join(missing)}: loading the model"
 

@@ -15,7 +15,7 @@ import math
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -124,11 +124,13 @@ class Door:
 
     Only holders of the token enter, only allow-listed routes exist, and requests under way are
     counted, so that ``drained`` can be awaited. The status line is held back until the first
-    byte of the answer, so that an error before the first token keeps a status of its own.
+    byte of the answer, so that an error before the first token keeps a status of its own, and an
+    engine that is ``dead`` by then has the request sent to another one.
     """
 
-    def __init__(self, app: AsgiApp, token: str) -> None:
+    def __init__(self, app: AsgiApp, token: str, dead: Callable[[], bool]) -> None:
         self._app = app
+        self._dead = dead
         self._token = token.encode()
         self._under_way = 0
         self._closed = False
@@ -156,7 +158,7 @@ class Door:
             self.drained.clear()
         self._under_way += 1
         try:
-            await self._app(scope, receive, _holding_start(send, visit))
+            await self._app(scope, receive, _holding_start(send, visit, self._dead))
         finally:
             self._under_way -= 1
             if self._under_way == 0:
@@ -173,7 +175,7 @@ class Door:
         return None
 
 
-def _holding_start(send: Send, visit: Visit) -> Send:
+def _holding_start(send: Send, visit: Visit, dead: Callable[[], bool]) -> Send:
     """``send`` that keeps the status line until the first body part, and then adds the count."""
     held: MutableMapping[str, Any] | None = None
 
@@ -185,6 +187,8 @@ def _holding_start(send: Send, visit: Visit) -> Send:
         if held is not None:
             count = str(visit.prompt_tokens).encode()
             held["headers"] = [*held["headers"], (PROMPT_TOKENS_HEADER, count)]
+            if dead():  # what follows is vLLM's error, which is not the client's
+                held["headers"].append((REFUSED_HEADER, b"1"))
             await send(held)
             held = None
         await send(message)
@@ -253,8 +257,9 @@ class Engine:
         app = build_app(namespace, tasks, llm.model_config)
         await init_app_state(llm, app.state, namespace, tasks)
         token = secrets.token_urlsafe(24)
-        door = Door(app, token)
+        door = Door(app, token, dead=lambda: bool(llm.errored))
         port = Port(door, Address(host))
+        app.state.server = port.server  # vLLM's own handlers close it when the engine is dead
         rules = plan.rules if plan else (FULL,)
         info = EngineInfo(
             replica=replica,

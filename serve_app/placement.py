@@ -64,7 +64,7 @@ class Placement:
 
 
 def place(pool: PoolConfig, device: Literal["cpu", "gpu"]) -> Placement:
-    """How one engine of ``pool`` is placed. Raises ``ConfigError`` for a strategy that cannot be.
+    """How one engine of ``pool`` is placed. Raises ``ConfigError`` for what cannot be.
 
     Tensor-parallel workers exchange activations in every layer, so they are kept on one node;
     pipeline stages exchange little and may lie on several.
@@ -75,6 +75,11 @@ def place(pool: PoolConfig, device: Literal["cpu", "gpu"]) -> Placement:
     first = {"CPU": 2 * pool.num_cpus, **gpu}
     bundles = (first, *[{"CPU": pool.num_cpus, **gpu}] * (pool.workers - 1))
     if device == "cpu":
+        if pool.pipeline_parallel_size > 1:  # vLLM 0.32: KeyError in the scheduler, and it is dead
+            raise ConfigError(
+                f"pipeline_parallel_size is {pool.pipeline_parallel_size}, but without GPUs vLLM's "
+                "pipeline stages die at the first request; set tensor_parallel_size instead."
+            )
         if pool.placement_strategy == "PACK":
             raise ConfigError(
                 "placement_strategy is PACK, but the workers of an engine without GPUs share one "

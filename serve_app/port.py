@@ -64,8 +64,8 @@ class Port:
             proxy_headers=False,
             timeout_keep_alive=75,
         )
-        self._server = uvicorn.Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        self.server = uvicorn.Server(config)
+        self._serving = asyncio.create_task(self.server.serve(sockets=[self._socket]))
         self.url = Address(address.host, self._socket.getsockname()[1]).url
 
     @property
@@ -74,12 +74,12 @@ class Port:
 
     async def drain(self, grace_s: float) -> None:
         """Stop listening, and cut what is still under way after ``grace_s`` seconds."""
-        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
-        self._server.should_exit = True
+        self.server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
+        self.server.should_exit = True
         await self._serving
 
     async def close(self) -> None:
         """Stop at once. Connections still open end with the process."""
-        self._server.should_exit = True
-        self._server.force_exit = True
+        self.server.should_exit = True
+        self.server.force_exit = True
         await self._serving

@@ -24,6 +24,7 @@ from serve_app.request import (
 
 _CONNECT_TIMEOUT_S = 5.0
 _TOO_LONG = frozenset({"input_tokens", "input_text"})  # vLLM's names for "exceeds the context"
+_NO_ROOM = "The prompt fills the context of the engine and leaves nothing for an answer."
 
 
 class Reply:
@@ -97,6 +98,10 @@ def _too_long(status: int, body: bytes) -> str | None:
         return None
     try:
         error = json.loads(body)["error"]
+        if (
+            error["param"] == "max_tokens"
+        ):  # a client's own wrong one gets no further than the gateway
+            return _NO_ROOM
         return str(error["message"]) if error["param"] in _TOO_LONG else None
     except (ValueError, KeyError, TypeError):
         return None

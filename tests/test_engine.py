@@ -40,6 +40,11 @@ async def answer(_scope: Any, _receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+def not_dead() -> bool:
+    """What a door asks of an engine that works: whether it is dead."""
+    return False
+
+
 @pytest.mark.parametrize(
     ("visitor", "status"),
     [
@@ -54,15 +59,28 @@ async def answer(_scope: Any, _receive: Any, send: Any) -> None:
 async def test_only_gateways_enter_and_only_listed_routes_exist(
     visitor: Visitor, status: int
 ) -> None:
-    await Door(answer, "secret")(visitor.scope, visitor.receive, visitor.send)
+    await Door(answer, "secret", not_dead)(visitor.scope, visitor.receive, visitor.send)
     assert visitor.status == status
     assert ((b"x-engine-refused", b"1") in visitor.sent[0]["headers"]) == (status != 200)
 
 
 async def test_the_status_line_waits_for_the_exact_count() -> None:
     visitor = Visitor()
-    await Door(answer, "secret")(visitor.scope, visitor.receive, visitor.send)
+    await Door(answer, "secret", not_dead)(visitor.scope, visitor.receive, visitor.send)
     assert (b"x-prompt-tokens", b"42") in visitor.sent[0]["headers"]
+
+
+async def test_what_a_dead_engine_says_is_for_another_to_answer() -> None:
+    visitor, dead = Visitor(), False
+
+    async def die(_scope: Any, _receive: Any, send: Any) -> None:
+        nonlocal dead
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        dead = True
+        await send({"type": "http.response.body", "body": b"EngineDeadError"})
+
+    await Door(die, "secret", lambda: dead)(visitor.scope, visitor.receive, visitor.send)
+    assert (b"x-engine-refused", b"1") in visitor.sent[0]["headers"]
 
 
 async def test_a_closed_door_refuses_and_drains_what_is_under_way() -> None:
@@ -73,7 +91,7 @@ async def test_a_closed_door_refuses_and_drains_what_is_under_way() -> None:
         await leave.wait()
         await answer(scope, receive, send)
 
-    door = Door(slow, "secret")
+    door = Door(slow, "secret", not_dead)
     first, late = Visitor(), Visitor()
     serving = asyncio.create_task(door(first.scope, first.receive, first.send))
     await entered.wait()
@@ -91,7 +109,7 @@ async def test_a_request_that_fails_is_still_counted_out() -> None:
     async def fail(_scope: Any, _receive: Any, _send: Any) -> None:
         raise ValueError
 
-    door, visitor = Door(fail, "secret"), Visitor()
+    door, visitor = Door(fail, "secret", not_dead), Visitor()
     with pytest.raises(ValueError):  # noqa: PT011
         await door(visitor.scope, visitor.receive, visitor.send)
     assert door.drained.is_set()
@@ -113,7 +131,7 @@ async def test_an_engine_that_hangs_under_requests_is_not_healthy() -> None:
         entered.set()
         await asyncio.Event().wait()
 
-    door, visitor, load = Door(hang, "secret"), Visitor(), LoadLogger()
+    door, visitor, load = Door(hang, "secret", not_dead), Visitor(), LoadLogger()
     info = EngineInfo("r", "p", "http://r", "secret")
     alive: Any = Alive()
     engine = Engine(alive, load, door, alive, info, silent_s=60)

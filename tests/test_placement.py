@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from ray.serve._private.config import ReplicaConfig
 
@@ -63,6 +63,11 @@ def test_workers_without_gpus_stay_beside_their_replica() -> None:
         place(pool(tensor_parallel_size=2, placement_strategy="PACK"), "cpu")
 
 
+def test_pipeline_stages_without_gpus_are_refused() -> None:
+    with pytest.raises(ConfigError, match="pipeline_parallel_size is 2, but without GPUs"):
+        place(pool(pipeline_parallel_size=2), "cpu")
+
+
 @given(
     tensor=st.integers(1, 8),
     pipeline=st.integers(1, 4),
@@ -73,6 +78,7 @@ def test_serve_accepts_every_placement(
     tensor: int, pipeline: int, cpus: float, device: Any
 ) -> None:
     """Serve refuses bundles of which the first does not hold the replica."""
+    assume(device == "gpu" or pipeline == 1)
     sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline, "num_cpus": cpus}
     placement = place(pool(**sizes), device)
     assert len(placement.bundles) == tensor * pipeline

@@ -126,6 +126,10 @@ async def test_an_error_event_before_the_first_token_gets_its_status_back(
         ('{"error": {"message": "m", "param": "input_tokens"}}', "m"),
         ('{"error": {"message": "m", "param": "input_text"}}', "m"),
         ('{"error": {"message": "m", "param": "temperature"}}', None),
+        (
+            '{"error": {"message": "max_tokens must be at least 1", "param": "max_tokens"}}',
+            "The prompt fills the context of the engine and leaves nothing for an answer.",
+        ),
         ("not json", None),
         ("[]", None),
     ],
