@@ -124,8 +124,9 @@ class Door:
 
     Only holders of the token enter, only allow-listed routes exist, and requests under way are
     counted, so that ``drained`` can be awaited. The status line is held back until the first
-    byte of the answer, so that an error before the first token keeps a status of its own, and an
-    engine that is ``dead`` by then has the request sent to another one.
+    byte of the answer, so that an error before the first token keeps a status of its own. Of an
+    engine that is ``dead`` by then the gateway asks another one; a stream that began is cut, where
+    vLLM would end it as if it were whole.
     """
 
     def __init__(self, app: AsgiApp, token: str, dead: Callable[[], bool]) -> None:
@@ -159,6 +160,9 @@ class Door:
         self._under_way += 1
         try:
             await self._app(scope, receive, _holding_start(send, visit, self._dead))
+        except Exception:
+            if not self._dead():
+                raise  # else the answer was cut: the server closes the connection
         finally:
             self._under_way -= 1
             if self._under_way == 0:
@@ -191,6 +195,8 @@ def _holding_start(send: Send, visit: Visit, dead: Callable[[], bool]) -> Send:
                 held["headers"].append((REFUSED_HEADER, b"1"))
             await send(held)
             held = None
+        elif dead():
+            raise ConnectionResetError("the engine died while it was answering")
         await send(message)
 
     return holding

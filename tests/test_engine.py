@@ -83,6 +83,22 @@ async def test_what_a_dead_engine_says_is_for_another_to_answer() -> None:
     assert (b"x-engine-refused", b"1") in visitor.sent[0]["headers"]
 
 
+async def test_a_stream_of_an_engine_that_dies_is_cut_and_not_ended() -> None:
+    visitor, dead = Visitor(), False
+
+    async def die(_scope: Any, _receive: Any, send: Any) -> None:
+        nonlocal dead
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        dead = True
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    door = Door(die, "secret", lambda: dead)
+    await door(visitor.scope, visitor.receive, visitor.send)
+    assert [part.get("body") for part in visitor.sent[1:]] == [b"data: 1\n\n"]
+    assert door.drained.is_set()
+
+
 async def test_a_closed_door_refuses_and_drains_what_is_under_way() -> None:
     entered, leave = asyncio.Event(), asyncio.Event()
 
