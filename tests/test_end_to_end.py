@@ -266,10 +266,3 @@ def test_the_readmes_questions_get_the_readmes_answers(server: Server) -> None:
     assert f"Both answer `{said}`" in text
     assert answer.headers["x-pool"] == "short"
     assert "x-attention-plan" not in answer.headers
-
-
-def test_engines_and_gateways_are_no_nicer_than_the_rest_of_the_machine(server: Server) -> None:
-    for name in ("gateway", "engine-short", "engine-long"):
-        for replica in server.replicas(name):
-            processes = [replica, *replica.children(recursive=True)]  # the engine's own as well
-            assert {process.nice() for process in processes} == {0}

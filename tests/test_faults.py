@@ -84,12 +84,12 @@ async def test_a_killed_replica_cuts_its_streams_and_loses_nothing_else(
 ) -> None:
     victim, _survivor = pair.replicas("engine-short")
     streams = [Stream(asyncio.Event(), []) for _ in range(8)]
-    # Sent before the streams and as long: both engines have some of them when the streams begin.
-    plain = [asyncio.create_task(http.post(COMPLETIONS, json=body(900))) for _ in range(8)]
     # Not httpx: of streams this fast it keeps the event loop to itself for seconds.
     async with aiohttp.ClientSession(pair.url) as session:
         receiving = [asyncio.create_task(stream.receive(session)) for stream in streams]
         await asyncio.gather(*(stream.begun.wait() for stream in streams))
+        plain = [asyncio.create_task(http.post(COMPLETIONS, json=body(300))) for _ in range(8)]
+        await both_engines_have(http, 2 * 900)
         victim.send_signal(signal.SIGKILL)
         await asyncio.gather(*receiving)
     cut = [stream for stream in streams if "[DONE]" not in stream.events]
@@ -101,8 +101,23 @@ async def test_a_killed_replica_cuts_its_streams_and_loses_nothing_else(
             assert len(stream.events) >= 900 / 2  # nothing of it is missing
     for answer in await asyncio.gather(*plain):
         assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["completion_tokens"] == 900
+        assert answer.json()["usage"]["completion_tokens"] == 300
     await asyncio.to_thread(wait_for_engines, pair, 2)
+
+
+async def both_engines_have(http: httpx.AsyncClient, tokens: int) -> None:
+    """Return when the gateway has so many tokens under way on both engines of the short pool."""
+    async with asyncio.timeout(30):
+        while True:
+            lines = (await http.get("/metrics")).text.splitlines()
+            outstanding = [
+                float(line.split()[-1])
+                for line in lines
+                if line.startswith('engine_outstanding_tokens{pool="short"')
+            ]
+            if len(outstanding) == 2 and min(outstanding) >= tokens:
+                return
+            await asyncio.sleep(0.02)
 
 
 async def test_scaling_down_and_up_loses_no_request(pair: Server, http: httpx.AsyncClient) -> None:
