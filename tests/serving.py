@@ -80,7 +80,7 @@ class Server:
         self._settings = settings
         config = self._write(scale or {})
         self._log = self._directory / "log"
-        # Not the product's own niceness: clients in the tests' process must keep up with two engines
+        # Not the product's own niceness: clients in the tests' process must keep up with engines
         # on two cores, so Ray's workers come after them.
         environment = (
             QUIET
