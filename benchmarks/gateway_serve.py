@@ -1,6 +1,7 @@
 """What the gateway adds to an engine's own port, in a session of its own: ``make bench-gateway``.
 
     python -m benchmarks.gateway_serve                       # the demo's engines, then a fake one
+    python -m benchmarks.gateway_serve --device gpu          # Qwen3-0.6B's shape, then a fake one
     python -m benchmarks.gateway_serve --system fake:benchmarks/configs/fake.yaml --streams 8
 
 The same requests go to the engine's port and through Serve's proxy and the gateway, in ABBA order,
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from benchmarks import shape
 from benchmarks.gateway import SALT_DIGITS, Bodies, numbers
 from benchmarks.session import EnginePort, Session, System
 from load_tests.compare import Side, order
@@ -24,6 +26,7 @@ from load_tests.summary import CPU_LIMIT, figure, percentile
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = System("ours", str(ROOT / "configs/demo-cpu.yaml"))
+GPU = System("ours", str(ROOT / "benchmarks/configs/single-gpu.yaml"))
 FAKE = System("fake", str(ROOT / "benchmarks/configs/fake.yaml"))
 
 HEADS = (
@@ -145,7 +148,8 @@ def _cells(hop: Hop) -> Iterator[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the time that the gateway adds.")
-    parser.add_argument("--system", type=System.parse, help="KIND:CONFIG; default: demo, then fake")
+    parser.add_argument("--system", type=System.parse, help="KIND:CONFIG; default: real, then fake")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="of the real one")
     parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
     parser.add_argument("--streams", type=numbers, default=[1, 8, 32], help="comma-separated")
     parser.add_argument("--bodies", type=numbers, default=[1 << 10, 1 << 15, 1 << 20])
@@ -153,7 +157,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=16)
     parser.add_argument("--requests", type=int, default=4, help="of each stream in a block")
     parser.add_argument("--rounds", type=int, default=2, help="of four blocks each")
+    parser.add_argument("--out", type=Path, default=Path("runs/gateway"), help="for GPUs' model")
     return parser.parse_args()
+
+
+def systems(chosen: argparse.Namespace) -> list[System]:
+    """The one that was named, or a real engine's and a fake one's."""
+    if chosen.system:
+        return [chosen.system]
+    if chosen.device == "cpu":
+        return [DEMO, FAKE]
+    return [replace(GPU, model=shape.model_for("gpu", chosen.out)), FAKE]
 
 
 def run(system: System, sizes: Sequence[Size], rounds: int) -> str:
@@ -177,7 +191,7 @@ def main() -> None:
         for streams in chosen.streams
     ]
     tables = []
-    for system in [chosen.system] if chosen.system else [DEMO, FAKE]:
+    for system in systems(chosen):
         tables.append(f"\n{system}, door: {chosen.door}, {chosen.output_tokens} tokens out\n")
         tables.append(run(replace(system, door=chosen.door), sizes, chosen.rounds))
     if not chosen.system:

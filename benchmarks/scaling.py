@@ -1,4 +1,5 @@
-"""Many GPUs of one host: replicas behind the router, a killed one, tensor parallel, two pools.
+"""Many GPUs of one host: replicas behind the router, one of them killed, engines over several GPUs,
+two pools.
 
     python -m benchmarks.scaling                                  # every GPU there is, all parts
     python -m benchmarks.scaling --parts tensor --shapes 70b --sizes 2,4
@@ -7,9 +8,10 @@
 Parts; a session is started once for all that is measured on it:
 
 - ``replicas``: 1, 2, 4 ... engines of one GPU each, as many streams on each, and what the gateways
-  take of a core for 1,000 tokens/s. On the first, the tensor parallel table's line for one GPU. On
+  take of a core for 1,000 tokens/s. On the first, the line for one GPU of the table of engines. On
   the last, one is killed under load: what was lost, and how long until it was replaced.
 - ``tensor``: one engine over 2, 4 ... GPUs: a lone request, and many streams.
+- ``pipeline``: the same with stages of layers; vLLM has none on CPUs, so not with ``--tiny``.
 - ``pools``: short requests on an engine of one GPU beside long ones on an engine of two, which has
   another attention plan. With two GPUs: short ones on two engines of half a GPU, long ones on one.
 
@@ -217,7 +219,7 @@ def replicas(host: Host) -> None:
         with host.serve(host.shapes[0], pools, gateways=size) as session:
             drive_all(session.url, [host.load(8, 512, 16, 1)] * size)  # warm-up
             if size == 1:
-                _lone_and_many(host, session, host.shapes[0], 1)
+                _lone_and_many(host, session, host.shapes[0], "TP=1")
             before = session.cpu_s()
             driven = drive_all(session.url, [host.load(64, 512, 256)] * size)
             used = session.cpu_s() - before
@@ -235,6 +237,15 @@ def replicas(host: Host) -> None:
 
 
 def tensor(host: Host) -> None:
+    _spread(host, "TP", "tensor_parallel_size")
+
+
+def pipeline(host: Host) -> None:
+    _spread(host, "PP", "pipeline_parallel_size")
+
+
+def _spread(host: Host, label: str, key: str) -> None:
+    """One engine over each number of GPUs, spread over them in the way of the pool's ``key``."""
     for name in host.shapes:
         for size in host.sizes:
             if size == 1 and name == host.shapes[0]:
@@ -242,18 +253,18 @@ def tensor(host: Host) -> None:
             if not host.fits(name, size):
                 print(f"{name} does not fit {size} GPUs of {host.gpu_gib:.0f} GiB")
                 continue
-            with host.serve(name, {"all": _pool(tensor_parallel_size=size)}) as session:
+            with host.serve(name, {"all": _pool(**{key: size})}) as session:
                 drive_all(session.url, [host.load(8, 512, 16, 1)])  # warm-up
-                _lone_and_many(host, session, name, size)
+                _lone_and_many(host, session, name, f"{label}={size}")
 
 
-def _lone_and_many(host: Host, session: Session, name: str, gpus: int) -> None:
+def _lone_and_many(host: Host, session: Session, name: str, engine: str) -> None:
     lone = drive_all(session.url, [host.load(1, 4096, 128)])
     many = drive_all(session.url, [host.load(64, 1024, 256, 3)])
     host.add(
-        "tensor",
+        "engine",
         name,
-        str(gpus),
+        engine,
         f"{middle(lone.ttft_ms):.0f}",
         f"{middle(lone.itl_ms):.2f}",
         f"{many.tokens_per_s:,.0f}",
@@ -315,7 +326,7 @@ def _kill(host: Host, session: Session, size: int) -> None:
 
 
 HEADS = {
-    "tensor": (
+    "engine": (
         "shape",
         "GPUs",
         "lone TTFT p50 ms",
@@ -347,6 +358,7 @@ HEADS = {
 PARTS: dict[str, Callable[[Host], None]] = {
     "replicas": replicas,
     "tensor": tensor,
+    "pipeline": pipeline,
     "pools": pools,
 }
 
@@ -395,13 +407,15 @@ def names(text: str) -> list[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure one host with many GPUs.")
-    parser.add_argument("--parts", default=",".join(PARTS), help="commas")
+    parser.add_argument("--parts", type=names, help=f"commas; default: all of {', '.join(PARTS)}")
     parser.add_argument("--sizes", type=numbers, help="default: 1, 2, 4 ... up to the GPUs there")
     parser.add_argument("--shapes", type=names, default=["8b", "70b"], help="commas")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this out")
     parser.add_argument("--kill-requests", type=int, default=40, help="of each stream")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    chosen.parts = chosen.parts or [part for part in PARTS if part != "pipeline" or not chosen.tiny]
+    return chosen
 
 
 def main() -> None:
@@ -411,7 +425,7 @@ def main() -> None:
     shapes = ["tiny"] if chosen.tiny else chosen.shapes
     gpu_gib = min(memory, default=0.0)
     host = Host(chosen.out, chosen.tiny, len(memory), sizes, gpu_gib, shapes, chosen.kill_requests)
-    for part in chosen.parts.split(","):
+    for part in chosen.parts:
         began = time.monotonic()
         PARTS[part](host)
         print(f"({part}: {time.monotonic() - began:.0f} s)\n", flush=True)
