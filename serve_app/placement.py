@@ -132,8 +132,9 @@ def _misfit(name: str, placement: Placement, nodes: Sequence[Resources]) -> list
                 f"An engine of pool {name} needs {_number(count)} {resource} on one node, but no "
                 f"node has more than {_number(most)}."
             )
-    together = " and ".join(f"{_number(count)} {resource}" for resource, count in whole.items())
-    return lines or [f"No node has the {together} together that an engine of pool {name} needs."]
+    return lines or [
+        f"No node has the {_words(whole)} together that an engine of pool {name} needs."
+    ]
 
 
 def shortage(name: str, placement: Placement, nodes: Sequence[Resources], free: Resources) -> str:
@@ -143,19 +144,20 @@ def shortage(name: str, placement: Placement, nodes: Sequence[Resources], free: 
     in it.
     """
     there, whole = _sum(nodes), placement.whole
-    needed = " and ".join(f"{_number(count)} {resource}" for resource, count in whole.items())
     where = " on one node" if placement.strategy == "STRICT_PACK" else ""
     left = ", ".join(
         f"{_number(free.get(resource, 0))} of {_number(there.get(resource, 0))} {resource}"
         for resource in whole
     )
-    missing = " and ".join(
-        f"{_number(count - free.get(resource, 0))} {resource}"
+    missing = {
+        resource: count - free.get(resource, 0)
         for resource, count in whole.items()
         if count > free.get(resource, 0)
+    }
+    lack = (
+        f"{_words(missing)} missing" if missing else "enough, but not where it is needed together"
     )
-    lack = f"{missing} missing" if missing else "enough, but not where it is needed together"
-    return f"An engine of pool {name} needs {needed}{where}; free are {left}: {lack}."
+    return f"An engine of pool {name} needs {_words(whole)}{where}; free are {left}: {lack}."
 
 
 def _sum(parts: Sequence[Resources]) -> dict[str, float]:
@@ -163,6 +165,10 @@ def _sum(parts: Sequence[Resources]) -> dict[str, float]:
     for part in parts:
         total.update(part)
     return {resource: count for resource, count in total.items() if count}
+
+
+def _words(resources: Resources) -> str:
+    return " and ".join(f"{_number(count)} {resource}" for resource, count in resources.items())
 
 
 def _number(count: float) -> str:

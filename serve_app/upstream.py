@@ -98,9 +98,8 @@ def _too_long(status: int, body: bytes) -> str | None:
         return None
     try:
         error = json.loads(body)["error"]
-        if (
-            error["param"] == "max_tokens"
-        ):  # a client's own wrong one gets no further than the gateway
+        # A client's own wrong max_tokens gets no further than the gateway.
+        if error["param"] == "max_tokens":
             return _NO_ROOM
         return str(error["message"]) if error["param"] in _TOO_LONG else None
     except (ValueError, KeyError, TypeError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 
+from tests.advising import LLAMA_8B
 from tests.serving import Server
 
 # How long one example takes says more of what else the machine does than of the code.
@@ -32,3 +35,12 @@ def server() -> Iterator[Server]:
         yield running
     finally:
         running.stop()
+
+
+@pytest.fixture
+def llama_8b(tmp_path: Path) -> str:
+    """A directory with the configuration of Llama 3.1 8B and no weights."""
+    directory = tmp_path / "llama-8b"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(LLAMA_8B))
+    return str(directory)

@@ -11,54 +11,22 @@ from typing import Any
 
 import pytest
 import transformers
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from serve_app.advice import LENGTHS, check, check_command, engine_shape
+from serve_app.advice import LENGTHS, check, engine_shape
 from serve_app.capacity import GIB, capacity
 from serve_app.errors import ConfigError
 from serve_app.model_config import ModelConfig, read_model_config, vllm_architectures
 from serve_app.pattern import FULL, LayerRule
-from serve_app.proposal import plan_command
+from tests.advising import LLAMA_8B, config_of, invoke
 from tests.tiny_models import ZOO, write_model
 
 ROOT = Path(__file__).parent.parent
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-}
 
 
 def window(tokens: int, **keys: Any) -> dict[str, Any]:
     """vLLM's engine arguments that ask for a sliding window."""
     return {"additional_config": {"local_attention": {"sliding_window": tokens, **keys}}}
-
-
-def config_of(**keys: Any) -> ModelConfig:
-    return ModelConfig({**LLAMA_8B, **keys})
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    directory = tmp_path / "llama-8b"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(LLAMA_8B))
-    return str(directory)
-
-
-def invoke(*words: str) -> Result:
-    app = typer.Typer()
-    app.command("check")(check_command)
-    app.command("plan")(plan_command)
-    return CliRunner().invoke(app, words)
 
 
 # Which models
@@ -275,9 +243,9 @@ def test_overrides_are_vllms() -> None:
 # The commands
 
 
-def test_check_prints_layers_needs_and_fit(model: str) -> None:
+def test_check_prints_layers_needs_and_fit(llama_8b: str) -> None:
     plan = '{"sliding_window": 2048, "full_attention_every": 16}'
-    result = invoke("check", model, "--local-attention", plan, "--gpu-memory", "80")
+    result = invoke("check", llama_8b, "--local-attention", plan, "--gpu-memory", "80")
     assert result.exit_code == 0
     assert "sliding_attention of 2048: layers 0-14, 16-30" in result.output
     assert "full_attention: layers 15, 31" in result.output
@@ -286,8 +254,8 @@ def test_check_prints_layers_needs_and_fit(model: str) -> None:
     assert "Of 80 GiB, about 15.0 are weights" in result.output
 
 
-def test_check_json(model: str) -> None:
-    result = invoke("check", model, "--hf-overrides", '{"sliding_window": 1024}', "--json")
+def test_check_json(llama_8b: str) -> None:
+    result = invoke("check", llama_8b, "--hf-overrides", '{"sliding_window": 1024}', "--json")
     assert result.exit_code == 0
     (report,) = json.loads(result.output)
     assert report["support"]["supported"] is True
@@ -296,8 +264,8 @@ def test_check_json(model: str) -> None:
     assert report["fit"] is None
 
 
-def test_check_of_a_configuration_reports_each_pool(model: str) -> None:
-    result = invoke("check", model, "--config", str(ROOT / "configs/demo-cpu.yaml"), "--json")
+def test_check_of_a_configuration_reports_each_pool(llama_8b: str) -> None:
+    result = invoke("check", llama_8b, "--config", str(ROOT / "configs/demo-cpu.yaml"), "--json")
     assert result.exit_code == 0
     reports = {report["pool"]: report for report in json.loads(result.output)}
     assert {rule["kind"] for rule in reports["short"]["rules"]} == {"full_attention"}
@@ -306,8 +274,8 @@ def test_check_of_a_configuration_reports_each_pool(model: str) -> None:
     assert reports["long"]["engine"]["kv_cache_dtype"] == "float32"
 
 
-def test_check_of_a_refused_plan_exits_with_1(model: str) -> None:
-    result = invoke("check", model, "--local-attention", '{"sliding_window": 0}')
+def test_check_of_a_refused_plan_exits_with_1(llama_8b: str) -> None:
+    result = invoke("check", llama_8b, "--local-attention", '{"sliding_window": 0}')
     assert result.exit_code == 1
     assert "not supported: " in result.output
 
@@ -321,28 +289,28 @@ def test_check_of_a_refused_plan_exits_with_1(model: str) -> None:
         (("MODEL", "--local-attention", "{}", "--config", "x.yaml"), "not both"),
     ],
 )
-def test_check_needs_a_model(model: str, words: tuple[str, ...], message: str) -> None:
-    result = invoke("check", *(model if word == "MODEL" else word for word in words))
+def test_check_needs_a_model(llama_8b: str, words: tuple[str, ...], message: str) -> None:
+    result = invoke("check", *(llama_8b if word == "MODEL" else word for word in words))
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
 
-def test_neither_torch_nor_vllm_is_imported(model: str) -> None:
+def test_neither_torch_nor_vllm_is_imported(llama_8b: str) -> None:
     script = (
         "import sys, time, serve_app.advice as a; start = time.perf_counter(); "
-        f"a.check_command({model!r}, gpu_memory=80.0); took = time.perf_counter() - start; "
+        f"a.check_command({llama_8b!r}, gpu_memory=80.0); took = time.perf_counter() - start; "
         "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules); assert took < 2, took"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_local_attention_command_has_both(model: str) -> None:
+def test_the_local_attention_command_has_both(llama_8b: str) -> None:
     from serve_app.cli import app
 
-    assert "plan: none" in CliRunner().invoke(app, ["check", model]).output
+    assert "plan: none" in CliRunner().invoke(app, ["check", llama_8b]).output
     wrong = CliRunner().invoke(app, ["check", "/nowhere"])
     assert wrong.exit_code == 1
     assert "error: /nowhere does not exist" in wrong.output
-    words = ["plan", "--task", "code", "--model", model, "--gpu-memory", "80"]
+    words = ["plan", "--task", "code", "--model", llama_8b, "--gpu-memory", "80"]
     assert "pools:" in CliRunner().invoke(app, [*words, "--max-model-len", "32768"]).output

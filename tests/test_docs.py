@@ -15,7 +15,7 @@ from serve_app.metrics import GatewayMetrics
 from serve_app.model_config import ModelConfig
 from serve_app.proposal import propose
 from serve_app.quality.picture import NOTATION
-from tests.test_advice import LLAMA_8B
+from tests.advising import LLAMA_8B
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

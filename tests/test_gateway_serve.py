@@ -16,7 +16,7 @@ PROGRAM = """
 import json
 import sys
 
-from benchmarks.gateway_serve import Hop, Size, arguments, table
+from benchmarks.gateway_serve import Hop, Size, arguments, systems, table
 from load_tests.stream import Record
 
 def record(ttft, e2e, error=None):
@@ -32,7 +32,8 @@ def hop(client_cpu):
     return made
 
 tables = [table([hop(share)]).splitlines() for share in (0.89, 0.9)]
-json.dump({"tables": tables, "defaults": vars(arguments())}, sys.stdout)
+defaults = {**vars(arguments()), "systems": [str(each) for each in systems(arguments())]}
+json.dump({"tables": tables, "defaults": defaults}, sys.stdout, default=str)
 """
 
 
@@ -64,16 +65,11 @@ def test_a_full_client_is_not_to_be_quoted(said: dict[str, Any]) -> None:
     assert said["tables"][1][-1].startswith("- The client was full")
 
 
-def test_without_options_both_systems_are_measured_through_the_gateways_own_port(
+def test_without_options_both_systems_are_measured_from_1_kb_to_1_mb_and_1_to_512_streams(
     said: dict[str, Any],
 ) -> None:
-    assert said["defaults"] == {
-        "system": None,  # the demo, then the fake engine
-        "door": "own",
-        "streams": [1, 8, 32],
-        "bodies": [1024, 32768, 1048576],
-        "prompt": 300,
-        "output_tokens": 16,
-        "requests": 4,
-        "rounds": 2,
-    }
+    defaults = said["defaults"]
+    assert defaults["systems"] == ["ours:demo-cpu", "fake:fake"]
+    assert defaults["door"] == "own"
+    assert defaults["streams"] == [1, 32, 512]
+    assert defaults["bodies"] == [1024, 32768, 409600, 1048576]

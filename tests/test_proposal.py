@@ -13,23 +13,15 @@ from serve_app.capacity import GIB
 from serve_app.config import load_config
 from serve_app.errors import ConfigError, LocalAttentionError
 from serve_app.proposal import BANDS, Task, propose
-from tests.test_advice import LLAMA_8B, config_of, invoke
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    directory = tmp_path / "llama-8b"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(LLAMA_8B))
-    return str(directory)
+from tests.advising import config_of, invoke
 
 
 @pytest.mark.parametrize("task", list(BANDS))
 @pytest.mark.parametrize("gpu", [24, 80, 141])
 def test_a_proposal_is_a_configuration_that_fits(
-    task: Task, gpu: int, model: str, tmp_path: Path
+    task: Task, gpu: int, llama_8b: str, tmp_path: Path
 ) -> None:
-    words = ["plan", "--task", task, "--model", model, "--gpu-memory", str(gpu)]
+    words = ["plan", "--task", task, "--model", llama_8b, "--gpu-memory", str(gpu)]
     result = invoke(*words, "--max-model-len", "32768")
     assert result.exit_code == 0, result.exception
     (tmp_path / "proposal.yaml").write_text(result.output)
@@ -77,14 +69,14 @@ def test_what_cannot_be_planned_is_said(
         )
 
 
-def test_an_unknown_task_is_named(model: str) -> None:
-    words = ["plan", "--task", "poetry", "--model", model, "--gpu-memory", "80"]
+def test_an_unknown_task_is_named(llama_8b: str) -> None:
+    words = ["plan", "--task", "poetry", "--model", llama_8b, "--gpu-memory", "80"]
     result = invoke(*words, "--max-model-len", "32768")
     assert "poetry" in str(result.exception)
 
 
-def test_the_yaml_says_why(model: str) -> None:
-    words = ["plan", "--task", "code", "--model", model, "--gpu-memory", "80"]
+def test_the_yaml_says_why(llama_8b: str) -> None:
+    words = ["plan", "--task", "code", "--model", llama_8b, "--gpu-memory", "80"]
     result = invoke(*words, "--max-model-len", "200000")
     assert "# Sequences of 200000 tokens that fit while they decode" in result.output
     assert "vLLM refuses it" in result.output
