@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,24 +16,39 @@ hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
 
+# The demo application. It starts before the first test, so that its engines load meanwhile.
+RUNNING = pytest.StashKey[Server]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run engines of any model family last.
+    """Run what needs the demo application late, and engines of any model family last.
 
     For some families vLLM takes over transformers' own classes for the rest of the process, which
     the tests of the reference need as they are.
     """
-    items.sort(key=lambda item: item.path.name == "test_local_attention_engine.py")
+    items.sort(key=lambda item: (item.path.name == "test_local_attention_engine.py", _asks(item)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly and any(map(_asks, session.items)):
+        session.config.stash[RUNNING] = Server()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if running := session.config.stash.get(RUNNING, None):
+        running.stop()
+
+
+def _asks(item: pytest.Item) -> bool:
+    return "server" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server(pytestconfig: pytest.Config) -> Server:
     """The demo application, two real engines behind a gateway."""
-    running = Server()
-    try:
-        running.wait_ready()
-        yield running
-    finally:
-        running.stop()
+    running = pytestconfig.stash[RUNNING]
+    running.wait_ready()
+    return running
 
 
 @pytest.fixture

@@ -38,9 +38,11 @@ def free_port() -> int:
             return port
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when the test run ends, even if that is killed."""
+def _prepare() -> None:
+    """Ask the kernel to end this process when the test run ends, even if that is killed, and heed
+    SIGINT, which shells let their background jobs ignore."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; Ray's processes follow theirs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def write_deployment(pools: dict[str, Any], directory: Path) -> Path:
@@ -99,7 +101,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_prepare,
             )
 
     def _write(self, scale: dict[str, int]) -> Path:
@@ -172,11 +174,11 @@ class Server:
             time.sleep(0.5)
         raise TimeoutError(f"not ready after {START_TIMEOUT_S} s:\n{self.log[-4000:]}")
 
-    def stop(self) -> None:
+    def stop(self, within_s: float = STOP_TIMEOUT_S) -> None:
         """Interrupt it as Ctrl-C would, and end what is left of its own processes."""
         self._process.send_signal(signal.SIGINT)
         try:
-            self._process.wait(STOP_TIMEOUT_S)
+            self._process.wait(within_s)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -48,7 +48,7 @@ def locust(files: str, host: str, out: Path, *arguments: str) -> Finished:
 
 
 def benchmark(host: str, out: Path, *arguments: str) -> Finished:
-    return locust("benchmark.py", host, out, "--mix", MIX, "-t", "3s", "--rate", "20", *arguments)
+    return locust("benchmark.py", host, out, "--mix", MIX, "-t", "2s", "--rate", "20", *arguments)
 
 
 def test_benchmark_measures_what_the_server_was_told(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_benchmark_measures_what_the_server_was_told(tmp_path: Path) -> None:
     )
     assert all(record["e2e_ms"] >= 60 + 15 * 8 for record in run.records)
     assert all(record["sent"] >= record["scheduled"] for record in run.records)
-    assert max(record["scheduled"] for record in run.records) > 2  # of the 3 s asked for
+    assert max(record["scheduled"] for record in run.records) > 1.3  # of the 2 s asked for
     assert run.summary["floor"]["failed"] == 0
     assert 0 < run.summary["floor"]["ttft_p50_ms"] < 20
     assert "VALID" in run.out
@@ -208,7 +208,8 @@ def test_a_crowd_at_once_is_waited_for_however_long_it_takes(tmp_path: Path) -> 
 def test_a_run_samples_the_kv_cache_and_says_how_it_was_made(tmp_path: Path) -> None:
     with null_server("--ttft-ms", "500") as host:
         key = ("--api-key", "secret")
-        run = benchmark(host, tmp_path / "run", "--label", "mine", "--progress", "1", *key)
+        options = ("-t", "3s", "--label", "mine", "--progress", "1", *key)
+        run = benchmark(host, tmp_path / "run", *options)
     lines = (tmp_path / "run" / "kv_usage.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]
     assert 2 <= len(samples) <= 5  # one a second, of 3 s and the drain
