@@ -12,6 +12,7 @@ text; bodies are filled up with blanks, which cost reading but make no tokens. P
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ HEADS = (
     "gateway",
     "gateway CPU ms/request",
     "client CPU %",
+    "refused",
     "failed",
 )
 
@@ -143,7 +145,9 @@ def _cells(hop: Hop) -> Iterator[str]:
         yield figure(len(hop.times(side, "e2e_ms")) / hop.seconds[side])
     yield figure(1e3 * hop.gateway_cpu_s / max(1, hop.answered))
     yield figure(100 * hop.client_cpu)
-    yield str(sum(r.outcome != "ok" for side in hop.records.values() for r in side))
+    outcomes = Counter(record.outcome for side in hop.records.values() for record in side)
+    yield str(outcomes["rejected"])  # 429 and 503: a queue was full
+    yield str(outcomes.total() - outcomes["ok"] - outcomes["rejected"])
 
 
 def arguments() -> argparse.Namespace:

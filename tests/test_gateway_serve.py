@@ -20,7 +20,8 @@ from benchmarks.gateway_serve import Hop, Size, arguments, systems, table
 from load_tests.stream import Record
 
 def record(ttft, e2e, error=None):
-    made = Record("p", 0.0, 300, "failed" if error else "ok", ended=1.0, error=error)
+    outcome = "ok" if error is None else "rejected" if "429" in error else "failed"
+    made = Record("p", 0.0, 300, outcome, ended=1.0, error=error)
     made.ttft_ms, made.e2e_ms = ttft, e2e
     return made
 
@@ -28,6 +29,7 @@ def hop(client_cpu):
     made = Hop(Size(8, 1024, 300, 16, 4), gateway_cpu_s=0.02, client_cpu=client_cpu)
     made.records["A"] += [record(10, 90), record(20, 100), record(30, 110)]
     made.records["B"] += [record(24, 140), record(28, 160), record(1, 1, "HTTP 500: no")]
+    made.records["B"] += [record(1, 1, "HTTP 429: full")]
     made.seconds.update(A=2.0, B=4.0)
     return made
 
@@ -56,9 +58,10 @@ def test_a_line_has_both_sides_of_each_figure(said: dict[str, Any]) -> None:
         *("29.0", "27.8", "29.8", "28.0"),
         *("100", "150", "1.50"),
         *("1.50", "0.50"),  # answers a second
-        *("10.0", "89.0", "1"),
+        *("10.0", "89.0"),
+        *("1", "1"),  # refused, failed
     ]
-    assert rest == ["- error: HTTP 500: no"]
+    assert sorted(rest) == ["- error: HTTP 429: full", "- error: HTTP 500: no"]
 
 
 def test_a_full_client_is_not_to_be_quoted(said: dict[str, Any]) -> None:
