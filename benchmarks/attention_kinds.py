@@ -44,7 +44,7 @@ class Scale:
 
 SCALES = {
     "gpu": Scale("8k,16k,32k,64k,127k", 2048, 64, 128, 3, 64, "32k"),
-    "cpu": Scale("512,2k,4k", 512, 32, 16, 2, 4, "2k"),
+    "cpu": Scale("512,2k,4k", 512, 32, 48, 2, 4, "2k"),  # 48 bytes hold the demo model's answer
 }
 
 

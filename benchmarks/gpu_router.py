@@ -98,10 +98,10 @@ def main() -> None:
     chosen = arguments()
     began = time.monotonic()
     with ExitStack() as stack:
-        sessions = {}
+        sessions: dict[str, Session] = {}
+        stack.callback(Session.stop_all, sessions)
         for name, system in systems(chosen).items():
             sessions[name] = Session(system)
-            stack.callback(sessions[name].stop)
             if chosen.tiny:  # a few cores start one at a time faster than all at once
                 sessions[name].wait()
         for name, session in sessions.items():

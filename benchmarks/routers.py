@@ -55,7 +55,7 @@ SCALES = {
     "gpu": Scale(
         "gpu", "short=0.95:150-500:64:250:20,long=0.05:12000-24000:64:2000:30", "10,20,40,60", 20
     ),
-    "cpu": Scale("tiny", "short=0.95:150-400:8:1500:150,long=0.05:3000-6000:8:8000:300", "1,2", 10),
+    "cpu": Scale("tiny", "short=0.95:150-400:8:1500:150,long=0.05:3000-6000:8:8000:300", "1,2", 6),
 }
 
 
@@ -149,10 +149,10 @@ def main() -> None:
         shape.TINY if chosen.shape == "tiny" else shape.QWEN3_06B,
     )
     with ExitStack() as stack:
-        sessions = {}
+        sessions: dict[str, Session] = {}
+        stack.callback(Session.stop_all, sessions)
         for name in chosen.systems:  # one after another: they share the device's memory
             sessions[name] = Session(system(name, chosen))
-            stack.callback(sessions[name].stop)
             sessions[name].wait()
             print(f"{LABELS[name]} is up", flush=True)
         runs = measure(chosen, sessions)
