@@ -4,9 +4,10 @@
     python -m benchmarks.gateway_serve --device gpu          # Qwen3-0.6B's shape, then a fake one
     python -m benchmarks.gateway_serve --system fake:benchmarks/configs/fake.yaml --streams 8
 
-The same requests go to the engine's port and through the gateway, in by the ``--door`` that is named,
-in ABBA order, each stream sending its next request when its last has ended. Prompts are ``--prompt`` bytes of
-text; bodies are filled up with blanks, which cost reading but make no tokens. Prints Markdown.
+The same requests go to the engine's port and through the gateway, in by the ``--door`` that is
+named, in ABBA order, each stream sending its next request when its last has ended. Prompts are
+``--prompt`` bytes of text; bodies are filled up with blanks, which cost reading but make no tokens.
+Prints Markdown.
 """
 
 from __future__ import annotations
