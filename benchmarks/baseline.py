@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 
 from serve_app.config import AppConfig
+from serve_app.placement import place
 from serve_app.request import TOKEN_HEADER
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
@@ -55,20 +56,14 @@ class EngineIngress:
 def application(config: AppConfig) -> serve.Application:
     """The engines of the configuration's one pool, mixed lengths on each."""
     ((name, pool),) = config.pools.items()
-    actor: dict[str, Any] = {
-        "num_cpus": pool.num_cpus,
-        "runtime_env": {"env_vars": dict(pool.env)},
-    }
-    if config.device == "gpu":
-        actor["num_gpus"] = pool.num_gpus
     return (
         serve.deployment(EngineIngress)
         .options(
             name="engine",
             num_replicas=pool.replicas,
             max_ongoing_requests=100_000,
-            ray_actor_options=actor,
             graceful_shutdown_timeout_s=10,
+            **place(pool, config.device).deployment_options(pool.env),
         )
         .bind(config, name)
     )

@@ -27,6 +27,9 @@ from serve_app.errors import ConfigError
 Strategy = Literal["STRICT_PACK", "PACK"]
 Resources = Mapping[str, float]
 
+_THREADS = "OMP_NUM_THREADS"
+_SET_BY_VLLM = "VLLM_OMP_NUM_THREADS_SET_BY_VLLM"  # torch_utils.OMP_NUM_THREADS_SET_BY_VLLM
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -44,9 +47,11 @@ class Placement:
     def deployment_options(self, env: Mapping[str, str]) -> dict[str, Any]:
         """The options of the engine's Serve deployment that decide where it runs."""
         first = self.bundles[0]
+        vllm_decides = "GPU" in first and _THREADS not in env
+        threads = _loading_threads(first["CPU"]) if vllm_decides else {}
         actor: dict[str, Any] = {
             "num_cpus": first["CPU"],
-            "runtime_env": {"env_vars": dict(env)},
+            "runtime_env": {"env_vars": {**threads, **env}},
         }
         if len(self.bundles) == 1:
             gpus = {"num_gpus": first["GPU"]} if "GPU" in first else {}
@@ -88,6 +93,15 @@ def place(pool: PoolConfig, device: Literal["cpu", "gpu"]) -> Placement:
         return Placement(bundles, "STRICT_PACK", "mp")
     default: Strategy = "STRICT_PACK" if pool.pipeline_parallel_size == 1 else "PACK"
     return Placement(bundles, pool.placement_strategy or default, "ray")
+
+
+def _loading_threads(cpus: float) -> dict[str, str]:
+    """Torch's threads in an engine's processes on GPUs: ``cpus`` while weights load, then one.
+
+    Ray would set the variable to the CPUs that it reserved, and vLLM keeps a number that bears no
+    mark of its own while it serves, where a second thread only spins beside the steps.
+    """
+    return {_THREADS: str(max(1, int(cpus))), _SET_BY_VLLM: "1"}
 
 
 def check_room(config: AppConfig, nodes: Sequence[Resources]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import subprocess
+import sys
+from typing import Any, Literal
 
 import pytest
 from hypothesis import assume, given
@@ -27,16 +30,50 @@ def app(device: str = "gpu", **pools: dict[str, Any]) -> AppConfig:
     return AppConfig.model_validate(config)
 
 
+# What vLLM's worker on a GPU does once the weights are loaded.
+THREADS = """
+import torch
+from vllm.utils.torch_utils import set_torch_threads_for_runtime
+loading = torch.get_num_threads()
+set_torch_threads_for_runtime()
+print(loading, "then", torch.get_num_threads())
+"""
+
+
+def env_of(device: Literal["cpu", "gpu"], env: dict[str, str], **values: Any) -> dict[str, str]:
+    options = place(pool(**values), device).deployment_options(env)
+    seen: dict[str, str] = options["ray_actor_options"]["runtime_env"]["env_vars"]
+    return seen
+
+
 def test_one_worker_needs_no_group() -> None:
     options = place(pool(num_cpus=2), "gpu").deployment_options({"A": "b"})
-    assert options == {
-        "ray_actor_options": {
-            "num_cpus": 2,
-            "num_gpus": 1,
-            "runtime_env": {"env_vars": {"A": "b"}},
-        }
-    }
+    assert set(options) == {"ray_actor_options"}
+    actor = options["ray_actor_options"]
+    assert (actor["num_cpus"], actor["num_gpus"]) == (2, 1)
+    assert env_of("gpu", {"A": "b"})["A"] == "b"
     assert place(pool(), "gpu").engine_args == {}
+
+
+def test_vllm_serves_with_one_thread_unless_the_pool_says_otherwise() -> None:
+    envs = [
+        {"OMP_NUM_THREADS": "2"},  # what Ray sets by itself for num_cpus: 2
+        env_of("gpu", {}, num_cpus=2),
+        env_of("gpu", {"OMP_NUM_THREADS": "2"}, num_cpus=2),  # the operator's own wish
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", THREADS], env=os.environ | env, stdout=subprocess.PIPE, text=True
+        )
+        for env in envs
+    ]
+    told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert told == ["2 then 2", "2 then 1", "2 then 2"]
+
+
+def test_threads_without_gpus_are_rays_number() -> None:
+    assert env_of("cpu", {"A": "b"}, num_cpus=2) == {"A": "b"}
+    assert env_of("gpu", {}, num_cpus=0.5)["OMP_NUM_THREADS"] == "1"
 
 
 def test_each_gpu_worker_has_a_bundle_and_the_replica_holds_no_gpu() -> None:
