@@ -1,11 +1,13 @@
 """Our stack against `vllm serve` alone with the same engine arguments: is it as fast?
 
     python -m benchmarks.against_vllm                    # one GPU, Qwen3-0.6B's shape
+    python -m benchmarks.against_vllm --shape 8b         # Llama 3.1 8B's
     python -m benchmarks.against_vllm --device cpu       # the demo model
 
 Both are up at once, on the same device, and take turns in ABBA order: the same requests, each
-stream sending its next when its last has ended. The targets are 0.97 of vLLM's throughput and 5 ms
-on its median TTFT. Prints Markdown.
+stream sending its next when its last has ended. Two servers of the same engine are as far apart as
+their starts make them, so both are started ``--starts`` times, and the median start is judged. The
+targets are 0.97 of vLLM's throughput and 5 ms on its median TTFT. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -13,21 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks import shape
 from benchmarks.session import ROOT, EnginePort, Session, System, free_port
-from load_tests.summary import CPU_LIMIT, figure, percentile
+from load_tests.summary import CPU_LIMIT, percentile
 
 if TYPE_CHECKING:
     from benchmarks.gateway_serve import Hop
@@ -36,6 +39,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 START_TIMEOUT_S = 300
 TARGET_THROUGHPUT = 0.97  # of vLLM's
 TARGET_TTFT_MS = 5.0  # more than vLLM's, at the median
+SHAPES = {"0.6b": shape.QWEN3_06B, "8b": shape.LLAMA_8B}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,14 @@ def numbers(text: str) -> list[int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare our stack with vllm serve.")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--shape", choices=SHAPES, default="0.6b", help="of the GPU's model")
     parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
     parser.add_argument("--streams", type=numbers, default=[], help="default: 1,32,128; CPU 1,8")
     parser.add_argument("--prompt", type=int, default=500, help="bytes of text: tokens here")
     parser.add_argument("--output-tokens", type=int, default=0, help="default: 128; CPU 32")
     parser.add_argument("--requests", type=int, default=4, help="of each stream in a block")
     parser.add_argument("--rounds", type=int, default=2, help="of four blocks each")
+    parser.add_argument("--starts", type=int, default=3, help="of both servers")
     parser.add_argument("--out", type=Path, default=Path("runs/against-vllm"))
     chosen = parser.parse_args()
     on_gpu = chosen.device == "gpu"
@@ -115,54 +121,78 @@ def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def verdict(streams: int, vllm: Side, ours: Side, client_cpu: float) -> str:
-    """Throughput ratio and the difference of median TTFTs, against their targets."""
-    ratio, added = ours.answers_s / vllm.answers_s, ours.ttft_ms - vllm.ttft_ms
+def verdict(streams: int, starts: Sequence[tuple[Side, Side]], client_cpu: float) -> str:
+    """Throughput ratio and difference of median TTFTs of vLLM and ours against their targets, in
+    the median of ``starts``, with the least and the most of several."""
+    ratios = sorted(ours.answers_s / vllm.answers_s for vllm, ours in starts)
+    added = sorted(ours.ttft_ms - vllm.ttft_ms for vllm, ours in starts)
+    ratio, more = statistics.median(ratios), statistics.median(added)
+    throughput, ttft = f"{ratio:.3f}", f"{more:+.1f}"
+    if len(starts) > 1:
+        throughput += f" [{ratios[0]:.3f} to {ratios[-1]:.3f}]"
+        ttft += f" [{added[0]:+.1f} to {added[-1]:+.1f}]"
     full = " INVALID: the client was full." if client_cpu >= CPU_LIMIT else ""
     return (
-        f"- {streams} streams: throughput {ratio:.3f} of vLLM's (target at least "
+        f"- {streams} streams: throughput {throughput} of vLLM's (target at least "
         f"{TARGET_THROUGHPUT}: {'met' if ratio >= TARGET_THROUGHPUT else 'MISSED'}); TTFT p50 "
-        f"{'+' if added >= 0 else ''}{figure(added)} ms (target at most +{TARGET_TTFT_MS:g}: "
-        f"{'met' if added <= TARGET_TTFT_MS else 'MISSED'}).{full}"
+        f"{ttft} ms (target at most +{TARGET_TTFT_MS:g}: "
+        f"{'met' if more <= TARGET_TTFT_MS else 'MISSED'}).{full}"
     )
 
 
-def verdict_of(hop: Hop) -> str:
-    vllm, ours = (
-        Side(
-            len(hop.times(side, "e2e_ms")) / hop.seconds[side],
-            percentile(hop.times(side, "ttft_ms"), 0.5),
-        )
-        for side in ("A", "B")
+def verdict_of(hops: Sequence[Hop]) -> str:
+    """The verdict on what one size measured, one ``Hop`` a start."""
+    return verdict(
+        hops[0].size.streams,
+        [(_side(hop, "A"), _side(hop, "B")) for hop in hops],
+        max(hop.client_cpu for hop in hops),
     )
-    return verdict(hop.size.streams, vllm, ours, hop.client_cpu)
 
 
-def main() -> None:
-    # Here, because Locust patches the whole process when it is imported.
-    from benchmarks.gateway_serve import Size, measure, table
+def _side(hop: Hop, side: Literal["A", "B"]) -> Side:
+    answers_s = len(hop.times(side, "e2e_ms")) / hop.seconds[side]
+    return Side(answers_s, percentile(hop.times(side, "ttft_ms"), 0.5))
+
+
+def measured(chosen: argparse.Namespace, path: Path, model: str) -> Iterator[Hop]:
+    """Start both servers, and measure each number of streams."""
+    from benchmarks.gateway_serve import Size, measure
     from serve_app.config import load_config
 
-    chosen = arguments()
-    path = CONFIGS / f"single-{chosen.device}.yaml"
-    model = shape.model_for(chosen.device, chosen.out)
     config = load_config(path).model_copy(update={"model": model})
     ((pool_name, pool),) = config.pools.items()
     env = os.environ | {"HF_HUB_OFFLINE": "1", **pool.env}
-    hops = []
     with ExitStack() as stack:
         session = Session(System("ours", str(path), model=model, door=chosen.door))
         stack.callback(session.stop)  # both start at once
         alone = stack.enter_context(vllm_serve(config.engine_args_of(pool_name), env))
         session.wait()
+        vllm = EnginePort(pool_name, alone, header="")
         for streams in chosen.streams:
             body = chosen.prompt + 1000
             size = Size(streams, body, chosen.prompt, chosen.output_tokens, chosen.requests)
-            vllm = EnginePort(pool_name, alone, header="")
-            hops.append(measure(session, size, chosen.rounds, config.served_model_name, vllm))
-            print(verdict_of(hops[-1]), flush=True)
-    print(f"\n*engine* is `vllm serve`, *gateway* our stack.\n\n{table(hops)}\n")
-    print("\n".join(map(verdict_of, hops)))
+            yield measure(session, size, chosen.rounds, config.served_model_name, vllm)
+
+
+def main() -> None:
+    # Here, because Locust patches the whole process when it is imported.
+    from benchmarks.gateway_serve import table
+
+    chosen = arguments()
+    path = CONFIGS / f"single-{chosen.device}.yaml"
+    model = shape.model_for(chosen.device, chosen.out, SHAPES[chosen.shape])
+    starts: list[list[Hop]] = []
+    for number in range(chosen.starts):
+        starts.append([])
+        for hop in measured(chosen, path, model):
+            starts[-1].append(hop)
+            print(f"start {number + 1}: {verdict_of([hop])}", flush=True)
+    print("\n*engine* is `vllm serve`, *gateway* our stack.")
+    for number, hops in enumerate(starts, 1):
+        print(f"\nStart {number}:\n\n{table(hops)}")
+    print()
+    for same in zip(*starts, strict=True):
+        print(verdict_of(same))
 
 
 if __name__ == "__main__":

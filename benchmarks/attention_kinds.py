@@ -155,7 +155,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     chosen = arguments()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    chosen.model = shape.model_for(chosen.device, chosen.out, max_position_embeddings=131072)
+    chosen.model = shape.model_for(
+        chosen.device, chosen.out, shape.QWEN3_06B | {"max_position_embeddings": 131072}
+    )
     known = patterns(SCALES[chosen.device])
     measured = []
     for kind in chosen.kinds:

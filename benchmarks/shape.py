@@ -82,12 +82,12 @@ def build(directory: Path, shape: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(shape, indent=1))
 
 
-def model_for(device: str, out: Path, **changes: Any) -> str:
-    """A directory below ``out`` with the model that a device measures: the demo model on a CPU, the
-    shape of Qwen3-0.6B, with ``changes`` to its configuration, on a GPU."""
+def model_for(device: str, out: Path, shape: dict[str, Any] = QWEN3_06B) -> str:
+    """A directory below ``out`` with the model that a device measures: the demo model on a CPU, one
+    of this ``shape`` on a GPU."""
     directory = (out / f"{device}-model").resolve()
     if device == "gpu":
-        build(directory, QWEN3_06B | changes)
+        build(directory, shape)
     else:
         demo.build(directory)
     return str(directory)

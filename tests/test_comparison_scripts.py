@@ -23,7 +23,7 @@ OPTIONS = {
     "routers": ("--systems", "default", "--rates", "2", "--seconds", "5"),
     "against_vllm": (
         *("--streams", "2", "--requests", "2"),
-        *("--rounds", "1", "--output-tokens", "8"),
+        *("--rounds", "1", "--starts", "1", "--output-tokens", "8"),
     ),
 }
 
