@@ -26,11 +26,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import shape
 from benchmarks.session import ROOT, EnginePort, Session, System, free_port
-from load_tests.summary import CPU_LIMIT, percentile
+from load_tests.summary import CPU_LIMIT, figure, percentile
 
 if TYPE_CHECKING:
     from benchmarks.gateway_serve import Hop
@@ -39,7 +39,6 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 START_TIMEOUT_S = 300
 TARGET_THROUGHPUT = 0.97  # of vLLM's
 TARGET_TTFT_MS = 5.0  # more than vLLM's, at the median
-SHAPES = {"0.6b": shape.QWEN3_06B, "8b": shape.LLAMA_8B}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def numbers(text: str) -> list[int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare our stack with vllm serve.")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--shape", choices=SHAPES, default="0.6b", help="of the GPU's model")
+    parser.add_argument("--shape", choices=shape.ONE_GPU, default="0.6b", help="of the GPU's model")
     parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
     parser.add_argument("--streams", type=numbers, default=[], help="default: 1,32,128; CPU 1,8")
     parser.add_argument("--prompt", type=int, default=500, help="bytes of text: tokens here")
@@ -127,31 +126,31 @@ def verdict(streams: int, starts: Sequence[tuple[Side, Side]], client_cpu: float
     ratios = sorted(ours.answers_s / vllm.answers_s for vllm, ours in starts)
     added = sorted(ours.ttft_ms - vllm.ttft_ms for vllm, ours in starts)
     ratio, more = statistics.median(ratios), statistics.median(added)
-    throughput, ttft = f"{ratio:.3f}", f"{more:+.1f}"
+    throughput, ttft = f"{ratio:.3f}", _signed(more)
     if len(starts) > 1:
         throughput += f" [{ratios[0]:.3f} to {ratios[-1]:.3f}]"
-        ttft += f" [{added[0]:+.1f} to {added[-1]:+.1f}]"
+        ttft += f" [{_signed(added[0])} to {_signed(added[-1])}]"
     full = " INVALID: the client was full." if client_cpu >= CPU_LIMIT else ""
     return (
-        f"- {streams} streams: throughput {throughput} of vLLM's (target at least "
+        f"{streams} streams: throughput {throughput} of vLLM's (target at least "
         f"{TARGET_THROUGHPUT}: {'met' if ratio >= TARGET_THROUGHPUT else 'MISSED'}); TTFT p50 "
         f"{ttft} ms (target at most +{TARGET_TTFT_MS:g}: "
         f"{'met' if more <= TARGET_TTFT_MS else 'MISSED'}).{full}"
     )
 
 
+def _signed(value: float) -> str:
+    return f"{'+' if value >= 0 else ''}{figure(value)}"
+
+
 def verdict_of(hops: Sequence[Hop]) -> str:
     """The verdict on what one size measured, one ``Hop`` a start."""
-    return verdict(
-        hops[0].size.streams,
-        [(_side(hop, "A"), _side(hop, "B")) for hop in hops],
-        max(hop.client_cpu for hop in hops),
+    vllm, ours = (
+        [Side(hop.answers_s(side), percentile(hop.times(side, "ttft_ms"), 0.5)) for hop in hops]
+        for side in ("A", "B")
     )
-
-
-def _side(hop: Hop, side: Literal["A", "B"]) -> Side:
-    answers_s = len(hop.times(side, "e2e_ms")) / hop.seconds[side]
-    return Side(answers_s, percentile(hop.times(side, "ttft_ms"), 0.5))
+    client_cpu = max(hop.client_cpu for hop in hops)
+    return verdict(hops[0].size.streams, list(zip(vllm, ours, strict=True)), client_cpu)
 
 
 def measured(chosen: argparse.Namespace, path: Path, model: str) -> Iterator[Hop]:
@@ -180,19 +179,19 @@ def main() -> None:
 
     chosen = arguments()
     path = CONFIGS / f"single-{chosen.device}.yaml"
-    model = shape.model_for(chosen.device, chosen.out, SHAPES[chosen.shape])
+    model = shape.model_for(chosen.device, chosen.out, shape.ONE_GPU[chosen.shape])
     starts: list[list[Hop]] = []
-    for number in range(chosen.starts):
+    for number in range(1, chosen.starts + 1):
         starts.append([])
         for hop in measured(chosen, path, model):
             starts[-1].append(hop)
-            print(f"start {number + 1}: {verdict_of([hop])}", flush=True)
+            print(f"start {number}: {verdict_of([hop])}", flush=True)
     print("\n*engine* is `vllm serve`, *gateway* our stack.")
     for number, hops in enumerate(starts, 1):
         print(f"\nStart {number}:\n\n{table(hops)}")
     print()
     for same in zip(*starts, strict=True):
-        print(verdict_of(same))
+        print(f"- {verdict_of(same)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class EngineIngress:
         from serve_app.engine import Engine
 
         self._engine = await Engine.start(
-            config.engine_args_of(pool),
+            config.engine_args_of(pool) | place(config.pools[pool], config.device).engine_args,
             pool=pool,
             replica=serve.get_replica_context().replica_id.unique_id,
             host="127.0.0.1",

@@ -26,7 +26,6 @@ from benchmarks.session import Session, System
 
 HERE = Path(__file__).resolve().parent
 PROMPT = 500  # bytes of text; the template makes it about 512 tokens
-SHAPES = {"0.6b": shape.QWEN3_06B, "8b": shape.LLAMA_8B}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def floods(text: str) -> list[Flood]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure gateway and router on two GPUs.")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this out")
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="0.6b")
+    parser.add_argument("--shape", choices=shape.ONE_GPU, default="0.6b")
     parser.add_argument("--door", choices=("own", "proxy", "ha-proxy"), default="own")
     parser.add_argument(
         "--floods",
@@ -80,7 +79,7 @@ def systems(chosen: argparse.Namespace) -> dict[str, System]:
     """Those that were named, with the shape's directory as their model."""
     device = "tiny" if chosen.tiny else "gpu"
     model = chosen.out / f"{device}-shape"
-    shape.build(model, shape.TINY if chosen.tiny else SHAPES[chosen.shape])
+    shape.build(model, shape.TINY if chosen.tiny else shape.ONE_GPU[chosen.shape])
     flooded = [name for each in chosen.floods for name in (each.b, each.a)]
     named = dict.fromkeys([*flooded, *chosen.systems])
     return {

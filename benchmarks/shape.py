@@ -53,6 +53,7 @@ LLAMA_70B = LLAMA_8B | {
     "intermediate_size": 28672,
     "num_attention_heads": 64,
 }
+ONE_GPU = {"0.6b": QWEN3_06B, "8b": LLAMA_8B}  # those that one holds, by their names in commands
 # Qwen3's shape with less of everything, to try a measurement out where there is no GPU.
 TINY = QWEN3_06B | {
     "num_hidden_layers": 4,

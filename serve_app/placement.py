@@ -48,7 +48,7 @@ class Placement:
         """The options of the engine's Serve deployment that decide where it runs."""
         first = self.bundles[0]
         vllm_decides = "GPU" in first and _THREADS not in env
-        threads = _loading_threads(first["CPU"]) if vllm_decides else {}
+        threads = _loading_threads(self.bundles[-1]["CPU"]) if vllm_decides else {}
         actor: dict[str, Any] = {
             "num_cpus": first["CPU"],
             "runtime_env": {"env_vars": {**threads, **env}},
@@ -96,10 +96,10 @@ def place(pool: PoolConfig, device: Literal["cpu", "gpu"]) -> Placement:
 
 
 def _loading_threads(cpus: float) -> dict[str, str]:
-    """Torch's threads in an engine's processes on GPUs: ``cpus`` while weights load, then one.
+    """Torch's threads in an engine's workers on GPUs: ``cpus`` while weights load, then one.
 
-    Ray would set the variable to the CPUs that it reserved, and vLLM keeps a number that bears no
-    mark of its own while it serves, where a second thread only spins beside the steps.
+    Ray would set the variable to the CPUs that it reserved, and vLLM, which serves with one thread
+    because more of them spin beside the steps, keeps a number that bears no mark of its own.
     """
     return {_THREADS: str(max(1, int(cpus))), _SET_BY_VLLM: "1"}
 

@@ -110,7 +110,7 @@ def test_vllm_gets_our_arguments_as_flags() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "ttft", "says"),
-    [(10, 54, ("1.000", "0.97: met", "+4.0 ms", "+5: met")), (9, 56, ("0.900", "0.97: MISSED"))],
+    [(10, 54, ("1.000", "0.97: met", "+4.00 ms", "+5: met")), (9, 56, ("0.900", "0.97: MISSED"))],
 )
 def test_the_verdict_against_vllm(rate: float, ttft: float, says: tuple[str, ...]) -> None:
     vllm, ours = against_vllm.Side(10, 50), against_vllm.Side(rate, ttft)
@@ -125,4 +125,4 @@ def test_the_median_start_is_judged_and_the_others_are_shown() -> None:
     ours = [against_vllm.Side(rate, ttft) for rate, ttft in ((9.9, 60), (8, 49), (11, 52))]
     shown = against_vllm.verdict(1, [(vllm, each) for each in ours], client_cpu=0.2)
     assert "0.990 [0.800 to 1.100] of vLLM's (target at least 0.97: met)" in shown
-    assert "+2.0 [-1.0 to +10.0] ms (target at most +5: met)" in shown
+    assert "+2.00 [-1.00 to +10.0] ms (target at most +5: met)" in shown

@@ -68,7 +68,7 @@ def test_benchmark_measures_what_the_server_was_told(tmp_path: Path) -> None:
     )
     assert all(record["e2e_ms"] >= 60 + 15 * 8 for record in run.records)
     assert all(record["sent"] >= record["scheduled"] for record in run.records)
-    assert max(record["scheduled"] for record in run.records) > 1.3  # of the 2 s asked for
+    assert max(record["scheduled"] for record in run.records) > 1.4  # of the 2 s asked for
     assert run.summary["floor"]["failed"] == 0
     assert 0 < run.summary["floor"]["ttft_p50_ms"] < 20
     assert "VALID" in run.out

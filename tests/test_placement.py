@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import pytest
@@ -48,10 +49,14 @@ def env_of(device: Literal["cpu", "gpu"], env: dict[str, str], **values: Any) ->
 
 def test_one_worker_needs_no_group() -> None:
     options = place(pool(num_cpus=2), "gpu").deployment_options({"A": "b"})
-    assert set(options) == {"ray_actor_options"}
-    actor = options["ray_actor_options"]
-    assert (actor["num_cpus"], actor["num_gpus"]) == (2, 1)
-    assert env_of("gpu", {"A": "b"})["A"] == "b"
+    threads = {"OMP_NUM_THREADS": "2", "VLLM_OMP_NUM_THREADS_SET_BY_VLLM": "1"}
+    assert options == {
+        "ray_actor_options": {
+            "num_cpus": 2,
+            "num_gpus": 1,
+            "runtime_env": {"env_vars": {**threads, "A": "b"}},
+        }
+    }
     assert place(pool(), "gpu").engine_args == {}
 
 
@@ -61,19 +66,29 @@ def test_vllm_serves_with_one_thread_unless_the_pool_says_otherwise() -> None:
         env_of("gpu", {}, num_cpus=2),
         env_of("gpu", {"OMP_NUM_THREADS": "2"}, num_cpus=2),  # the operator's own wish
     ]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", THREADS], env=os.environ | env, stdout=subprocess.PIPE, text=True
-        )
-        for env in envs
-    ]
-    told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
-    assert told == ["2 then 2", "2 then 1", "2 then 2"]
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(threads_under, envs)) == ["2 then 2", "2 then 1", "2 then 2"]
+
+
+def threads_under(env: dict[str, str]) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout.splitlines()[-1]
 
 
 def test_threads_without_gpus_are_rays_number() -> None:
     assert env_of("cpu", {"A": "b"}, num_cpus=2) == {"A": "b"}
     assert env_of("gpu", {}, num_cpus=0.5)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_worker_of_several_loads_with_its_own_cpus() -> None:
+    assert env_of("gpu", {}, tensor_parallel_size=2, num_cpus=3)["OMP_NUM_THREADS"] == "3"
 
 
 def test_each_gpu_worker_has_a_bundle_and_the_replica_holds_no_gpu() -> None:
